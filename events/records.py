@@ -121,7 +121,8 @@ class PhaseTimes(msgspec.Struct, frozen=True, kw_only=True):
 
     `freeze` cgroup frozen + last dirty scan · `dump` criu dump, as far as not hidden behind the stream ·
     `stream` last pages and images · `restore` criu restore at the target · `commit` register and thaw ·
-    `flip` traffic to the first byte at the target. They add up to the downtime.
+    `flip` traffic to the first byte at the target · `other` between the phases: messages and waiting that
+    no phase counts. They add up to the downtime.
     """
 
     freeze: float = 0.0
@@ -130,9 +131,10 @@ class PhaseTimes(msgspec.Struct, frozen=True, kw_only=True):
     restore: float = 0.0
     commit: float = 0.0
     flip: float = 0.0
+    other: float = 0.0
 
     def total_ms(self) -> float:
-        return self.freeze + self.dump + self.stream + self.restore + self.commit + self.flip
+        return self.freeze + self.dump + self.stream + self.restore + self.commit + self.flip + self.other
 
 
 class TrafficImpact(msgspec.Struct, frozen=True, kw_only=True):
@@ -171,3 +173,5 @@ class MigrationReport(msgspec.Struct, frozen=True, kw_only=True):
     verified_pages: int | None
     """Pages hashed and found equal on both sides; None without --verify."""
     impact: TrafficImpact | None = None
+    warnings: tuple[str, ...] = ()
+    """What failed after the commit and was not put right: the workload runs at the target all the same."""
