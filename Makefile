@@ -1,0 +1,44 @@
+# The commands of this project. Every target does its own set-up; `make setup` is idempotent and, once
+# done, needs no network.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+BIN := .venv/bin
+ARGS ?=
+
+.PHONY: help setup doctor demo test check format bench clean
+
+help:
+	@echo "make demo    set up, check this machine, move a live Redis a->b and back"
+	@echo "make test    set up, run the tests          (ARGS='tests/core -k name')"
+	@echo "make check   ruff, mypy strict, import-linter"
+	@echo "make bench   measure downtime against CRIU's own ways -> bench/results/downtime.json"
+	@echo "make setup   .venv, Debian packages, CRIU >= 4.2; idempotent"
+	@echo "make format  ruff format and safe fixes"
+
+setup:
+	@scripts/setup
+
+doctor: setup
+	@$(BIN)/whimbrel doctor
+
+demo: doctor
+	@$(BIN)/whimbrel demo $(ARGS)
+
+test: setup
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p whimbrel
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup
+	@$(BIN)/python -m bench $(ARGS)
+
+clean:
+	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist build
