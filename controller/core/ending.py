@@ -1,0 +1,108 @@
+"""How a migration ends: told to everybody, recorded for the workload, then let go.
+
+An end state stays until the workload's record is written: a controller that dies in between must find the
+migration unfinished, or the workload would stay claimed by it for ever.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from whimbrel.controller.core import speech
+from whimbrel.controller.core.effects import CoreCommand, Finish, Publish, SaveModel
+from whimbrel.controller.core.states import Aborted, AnyState, Completed, Move, Rejected
+from whimbrel.controller.core.stimuli import CoreEvent, Tick, WorkloadRecorded
+from whimbrel.events import facts
+
+if TYPE_CHECKING:
+    from whimbrel.events.records import MigrationReport
+
+Outcome = tuple[AnyState, tuple[CoreCommand, ...]]
+
+RECORD_AGAIN_S: Final = 5.0
+
+
+def rejected(move: Move, problems: tuple[str, ...], now: float, exit_code: int | None = None) -> Outcome:
+    state = Rejected(move=move, problems=problems, exit_code=exit_code, retry_at=now + RECORD_AGAIN_S)
+    return state, _said(state, now)
+
+
+def aborted(
+    move: Move, step: str, reason: str, remedy: str, now: float, exit_code: int | None = None
+) -> Outcome:
+    state = Aborted(
+        move=move,
+        step=step,
+        reason=reason,
+        remedy=remedy,
+        exit_code=exit_code,
+        retry_at=now + RECORD_AGAIN_S,
+    )
+    return state, _said(state, now)
+
+
+def completed(state: Completed, now: float) -> Outcome:
+    return state, _said(state, now)
+
+
+def on_ended(state: Rejected | Aborted | Completed, event: CoreEvent, now: float) -> Outcome:
+    match event:
+        case WorkloadRecorded(update=update) if update == _record_id(state.move) and not state.recorded:
+            return msgspec.structs.replace(state, recorded=True), (Finish(),)
+        case Tick() if not state.recorded and now >= state.retry_at:
+            return msgspec.structs.replace(state, retry_at=now + RECORD_AGAIN_S), said_again(state, now)
+    return state, ()
+
+
+def said_again(state: Rejected | Aborted | Completed, now: float) -> tuple[CoreCommand, ...]:
+    return (Finish(),) if state.recorded else _said(state, now)
+
+
+def _record_id(move: Move) -> str:
+    return speech.command_id(move, "record-end")
+
+
+def _said(state: Rejected | Aborted | Completed, now: float) -> tuple[CoreCommand, ...]:
+    move = state.move
+    event: facts.MigrationRejected | facts.MigrationAborted | facts.MigrationCompleted
+    host = move.source
+    more: tuple[CoreCommand, ...] = ()
+    match state:
+        case Rejected():
+            event = facts.MigrationRejected(
+                id=speech.command_id(move, "rejected"),
+                at=now,
+                host=move.controller,
+                migration=move.migration,
+                workload=move.spec.name,
+                problems=state.problems,
+            )
+        case Aborted():
+            event = facts.MigrationAborted(
+                id=speech.command_id(move, "aborted"),
+                at=now,
+                host=move.controller,
+                migration=move.migration,
+                workload=move.spec.name,
+                step=state.step,
+                reason=state.reason,
+                remedy=state.remedy,
+            )
+        case Completed():
+            host = move.target
+            event = _completed_event(move, state.report, now)
+            if state.learned is not None:
+                more = (SaveModel(model=state.learned),)
+    return (speech.record_of_rest(move, "end", host, state.exit_code), Publish(event=event), *more)
+
+
+def _completed_event(move: Move, report: MigrationReport, now: float) -> facts.MigrationCompleted:
+    return facts.MigrationCompleted(
+        id=speech.command_id(move, "completed"),
+        at=now,
+        host=move.controller,
+        migration=move.migration,
+        report=report,
+    )
