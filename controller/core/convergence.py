@@ -126,7 +126,9 @@ def after_round(
         f"predicted {predicted_ms:.0f} ms {'within' if within else 'above'} the budget of"
         f" {limits.budget_ms:.0f} ms with {remaining_bytes / 1e6:.1f} MB left at {rate / 1e6:.0f} MB/s"
     )
-    next_facts = f"another round should leave {expected_bytes / 1e6:.1f} MB and save {gain_ms:.0f} ms"
+    next_facts = (
+        f"another round should leave {expected_bytes / 1e6:.1f} MB and save {max(0.0, gain_ms):.0f} ms"
+    )
     if trend.rounds >= limits.rounds_max:
         end = f"{trend.rounds} rounds are the allowed number"
     elif now + round_s >= limits.deadline_at:

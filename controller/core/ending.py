@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from whimbrel.controller.core import speech
-from whimbrel.controller.core.effects import CoreCommand, Finish, Publish, SaveModel
+from whimbrel.controller.core.effects import CoreCommand, Finish, Publish, SaveModel, UpdateWorkload
 from whimbrel.controller.core.states import Aborted, AnyState, Completed, Move, Rejected
 from whimbrel.controller.core.stimuli import CoreEvent, Tick, WorkloadRecorded
 from whimbrel.events import facts
@@ -52,7 +52,7 @@ def on_ended(state: Rejected | Aborted | Completed, event: CoreEvent, now: float
         case WorkloadRecorded(update=update) if update == _record_id(state.move) and not state.recorded:
             return msgspec.structs.replace(state, recorded=True), (Finish(),)
         case Tick() if not state.recorded and now >= state.retry_at:
-            return msgspec.structs.replace(state, retry_at=now + RECORD_AGAIN_S), said_again(state, now)
+            return msgspec.structs.replace(state, retry_at=now + RECORD_AGAIN_S), (_record_of(state),)
     return state, ()
 
 
@@ -67,7 +67,6 @@ def _record_id(move: Move) -> str:
 def _said(state: Rejected | Aborted | Completed, now: float) -> tuple[CoreCommand, ...]:
     move = state.move
     event: facts.MigrationRejected | facts.MigrationAborted | facts.MigrationCompleted
-    host = move.source
     more: tuple[CoreCommand, ...] = ()
     match state:
         case Rejected():
@@ -91,11 +90,16 @@ def _said(state: Rejected | Aborted | Completed, now: float) -> tuple[CoreComman
                 remedy=state.remedy,
             )
         case Completed():
-            host = move.target
             event = _completed_event(move, state.report, now)
             if state.learned is not None:
                 more = (SaveModel(model=state.learned),)
-    return (speech.record_of_rest(move, "end", host, state.exit_code), Publish(event=event), *more)
+    return (_record_of(state), Publish(event=event), *more)
+
+
+def _record_of(state: Rejected | Aborted | Completed) -> UpdateWorkload:
+    move = state.move
+    host = move.target if isinstance(state, Completed) else move.source
+    return speech.record_of_rest(move, "end", host, state.exit_code)
 
 
 def _completed_event(move: Move, report: MigrationReport, now: float) -> facts.MigrationCompleted:

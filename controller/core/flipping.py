@@ -106,8 +106,8 @@ def _taken_in(state: Flipping, event: CoreEvent, now: float) -> tuple[Flipping, 
                 flip_ms=event.flip_ms,
                 impact=event.impact,
             ), ()
-        case facts.TrafficFlipped(host=move.gate) if not state.flipped and not state.flip.done:
-            return replace(state, flipped=True, flip=replace(state.flip, due_at=now + IDLE_S)), ()
+        case facts.TrafficFlipped(host=move.gate) if state.flipped_at is None and not state.flip.done:
+            return replace(state, flipped_at=now, flip=replace(state.flip, due_at=now + IDLE_S)), ()
         case facts.SourceReleased(host=move.source) if not state.release.done:
             return replace(state, release=replace(state.release, done=True)), ()
         case WorkloadRecorded(update=update) if update == _moved(move).id and not state.recorded.done:
@@ -125,7 +125,7 @@ def _taken_in(state: Flipping, event: CoreEvent, now: float) -> tuple[Flipping, 
                 state, f"{event.step} failed on {event.host}: {event.reason}; {event.remedy}"
             ), ()
         case Replied(reply=Refused(command=command)) | NotReached(command=command) if (
-            command == flip_id and not state.flip.done and not state.flipped
+            command == flip_id and not state.flip.done and state.flipped_at is None
         ):
             return replace(state, flip=_paused(state.flip, now)), ()
         case Replied(reply=Refused(command=command)) | NotReached(command=command) if (
@@ -143,7 +143,7 @@ def _on_time(state: Flipping, now: float) -> tuple[Flipping, tuple[CoreCommand, 
     commands: list[CoreCommand] = []
 
     if not state.flip.done and now >= state.flip.due_at:
-        if state.flipped:
+        if state.flipped_at is not None:
             # Nobody was waiting: the route points at the target, and the next client will find it there.
             state = replace(state, flip=replace(state.flip, done=True))
         elif state.flip.attempt >= ATTEMPTS_MAX or move.gate is None:
@@ -204,7 +204,7 @@ def _with_warning(state: Flipping, warning: str) -> Flipping:
 
 def _completed(state: Flipping, now: float) -> Outcome:
     move, seen = state.move, state.checkpoint
-    measured = _measured(state)
+    measured = _measured(state, now)
     report = MigrationReport(
         migration=move.migration,
         workload=move.spec.name,
@@ -235,18 +235,24 @@ def _completed(state: Flipping, now: float) -> Outcome:
     return ending.completed(end, now)
 
 
-def _measured(state: Flipping) -> PhaseTimes:
+def _measured(state: Flipping, now: float) -> PhaseTimes:
     """The phases as the agents measured them; `other` is what the controller's one clock saw besides."""
-    seen = state.checkpoint
+    seen, flip_ms = state.checkpoint, state.flip_ms
+    end_at = state.released_at
+    if state.flipped_at is not None and (end_at is None or state.impact is None or not state.impact.held):
+        # Nobody was waiting: how long the next client stayed away is no downtime.
+        end_at = state.flipped_at
+        flip_ms = max(0.0, end_at - state.entered_at) * 1000.0
+    if end_at is None:
+        end_at = state.entered_at if state.move.gate is None else now
     phases = PhaseTimes(
         freeze=seen.frozen.freeze_ms if seen.frozen else 0.0,
         dump=seen.streamed.dump_ms if seen.streamed else 0.0,
         stream=seen.streamed.stream_ms if seen.streamed else 0.0,
         restore=seen.restored.restore_ms if seen.restored else 0.0,
         commit=seen.resumed.commit_ms if seen.resumed else 0.0,
-        flip=state.flip_ms,
+        flip=flip_ms,
     )
-    end_at = state.released_at if state.released_at is not None else state.entered_at
     whole_ms = max(0.0, end_at - seen.frozen_at) * 1000.0
     return msgspec.structs.replace(phases, other=max(0.0, whole_ms - phases.total_ms()))
 

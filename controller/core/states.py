@@ -141,10 +141,10 @@ class Flipping(State, frozen=True, kw_only=True):
     release: Retry
     fill: Retry
     recorded: Retry
-    flipped: bool = False
-    """New connections go to the target, but none was seen there yet."""
+    flipped_at: float | None = None
+    """Controller's clock (unix s) when new connections went to the target, seen there or not."""
     released_at: float | None = None
-    """Controller's clock when traffic was seen at the target."""
+    """Controller's clock (unix s) when traffic was seen at the target."""
     flip_ms: float = 0.0
     impact: TrafficImpact | None = None
     exit_code: int | None = None
