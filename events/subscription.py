@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 from whimbrel.events import codec
 from whimbrel.events.errors import BusError, Malformed, Unreachable
-from whimbrel.events.facts import AnyEvent
 from whimbrel.events.pull import Position, Pull
 
 if TYPE_CHECKING:
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from nats.aio.subscription import Subscription as NatsSubscription
 
     from whimbrel.events.connection import Connection
+    from whimbrel.events.facts import AnyEvent
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class Delivery:
     _connection: Connection
 
     async def ack(self) -> None:
-        """Done with it. Where the connection is away, the ack leaves when it is back, or the event comes again."""
+        """Done with it. An ack that does not reach the server means that the event comes again."""
         await self._connection.send(self._message.reply, b"+ACK")
 
     async def working(self) -> None:
@@ -53,18 +53,20 @@ class Delivery:
 
 
 class Subscription(Generic[T]):
-    """`async with … as events: async for event in events`; reading starts at `async with` (or the first read)."""
+    """`async with … as events: async for event in events`; reading starts at `async with`, or first read."""
 
     def __init__(self, connection: Connection, pull: Pull, *, durable: bool) -> None:
         self._connection = connection
         self._pull = pull
         self._durable = durable
         self._opened = False
+        self.backlog = 0
+        """Events that were stored already when reading started; set by open()."""
 
     async def open(self) -> None:
         """Raises Unreachable, or BusError where the durable name is taken by another filter."""
         if not self._opened:
-            await self._pull.open()
+            self.backlog = await self._pull.open()
             self._opened = True
 
     async def close(self) -> None:

@@ -74,10 +74,7 @@ def _protect_write_scan(syscall_number: int) -> list[int]:
         for page in range(4):
             memory[page * PAGE] = 1
         fault.handshake(
-            Feature.WP_ASYNC
-            | Feature.WP_UNPOPULATED
-            | Feature.WP_HUGETLBFS_SHMEM
-            | Feature.PAGEFAULT_FLAG_WP
+            Feature.WP_ASYNC | Feature.WP_UNPOPULATED | Feature.WP_HUGETLBFS_SHMEM | Feature.PAGEFAULT_FLAG_WP
         )
         fault.register_wp(start, start + 4 * PAGE)
         scanner = PagemapScanner()
@@ -90,9 +87,7 @@ def _protect_write_scan(syscall_number: int) -> list[int]:
 
         written()
         memory[PAGE] = 2
-        return [
-            (page - start) // PAGE for first, last in written() for page in range(first, last, PAGE)
-        ]
+        return [(page - start) // PAGE for first, last in written() for page in range(first, last, PAGE)]
     finally:
         os.close(pagemap)
         fault.close()

@@ -6,13 +6,12 @@ import ctypes
 import os
 import platform
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
+from whimbrel.agent.criu.find import CriuMissing, find_criu
 from whimbrel.agent.doctor.findings import Finding, Verdict
 
-CRIU_WANTED = (4, 2)
 CRIU_TIMEOUT_S = 30.0
 STORE_DIR = Path("/dev/shm")
 STORE_BYTES_WANTED = 1 << 30
@@ -94,71 +93,22 @@ def _effective_capabilities() -> int:
     return 0
 
 
-def find_criu() -> tuple[Path | None, str]:
-    """The CRIU an agent would use, and its version ("" without one).
-
-    Order: $WHIMBREL_CRIU, `criu` in PATH if new enough, <checkout>/.cache/criu/criu from `make setup`.
-    """
-    named = os.environ.get("WHIMBREL_CRIU")
-    if named:
-        return Path(named), criu_version(Path(named))
-    best: tuple[Path | None, str] = (None, "")
-    in_path = shutil.which("criu")
-    checkout = Path(__file__).resolve().parents[2] / ".cache" / "criu" / "criu"
-    for candidate in (Path(in_path) if in_path else None, checkout if checkout.exists() else None):
-        if candidate is None:
-            continue
-        version = criu_version(candidate)
-        if _numbers(version) >= CRIU_WANTED:
-            return candidate, version
-        if best[0] is None:
-            best = (candidate, version)
-    return best
-
-
-def criu_version(path: Path) -> str:
-    """What `criu --version` says, e.g. "4.2.1"; "" if it does not run."""
-    try:
-        done = subprocess.run(
-            [str(path), "--version"], capture_output=True, text=True, timeout=CRIU_TIMEOUT_S, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    found = re.search(r"^Version: *(\S+)", done.stdout, re.MULTILINE)
-    return found.group(1) if found else ""
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
-
-
 def criu() -> Finding:
-    wanted = ".".join(str(number) for number in CRIU_WANTED)
-    remedy = (
-        "In a checkout: make setup (unpacks CRIU 4.2 privately on Debian). Elsewhere: install CRIU >= "
-        f"{wanted} (Fedora: dnf install criu; Arch: pacman -S criu; Ubuntu: ppa:criu/ppa) "
-        "or set WHIMBREL_CRIU=/path/to/criu."
-    )
-    path, version = find_criu()
-    if path is None or not version:
+    """The very CRIU an agent would run, and what its own check says of this kernel."""
+    try:
+        binary = find_criu()
+    except CriuMissing as error:
         return Finding(
             name="CRIU",
             verdict=Verdict.MISSING,
-            found=f"{path} does not run" if path else "none in $WHIMBREL_CRIU, PATH or .cache/criu",
+            found=str(error),
             cost="nothing can be checkpointed",
-            remedy=remedy,
-        )
-    if _numbers(version) < CRIU_WANTED:
-        return Finding(
-            name="CRIU",
-            verdict=Verdict.MISSING,
-            found=f"{version} at {path}, expected >= {wanted}",
-            cost="older ones cannot start, or dump no sockets, on kernels >= 6.16",
-            remedy=remedy,
+            remedy="In a checkout: make setup (unpacks CRIU 4.2 privately on Debian). Elsewhere: Fedora dnf "
+            "install criu; Arch pacman -S criu; Ubuntu ppa:criu/ppa; or WHIMBREL_CRIU=/path/to/criu.",
         )
     try:
         done = subprocess.run(
-            [str(path), "check"], capture_output=True, text=True, timeout=CRIU_TIMEOUT_S, check=False
+            [binary.path, "check"], capture_output=True, text=True, timeout=CRIU_TIMEOUT_S, check=False
         )
         problem = (done.stderr or done.stdout).strip().splitlines()[-1:] if done.returncode else []
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -167,11 +117,13 @@ def criu() -> Finding:
         return Finding(
             name="CRIU",
             verdict=Verdict.MISSING,
-            found=f"{version} at {path}; `criu check`: {problem[0]}",
+            found=f"{binary.version} at {binary.path}; `criu check`: {problem[0]}",
             cost="checkpoints would fail",
             remedy="Run `criu check -v4` as root; its first error names the kernel option.",
         )
-    return Finding(name="CRIU", verdict=Verdict.OK, found=f"{version} at {path}; criu check: looks good")
+    return Finding(
+        name="CRIU", verdict=Verdict.OK, found=f"{binary.version} at {binary.path}; criu check: looks good"
+    )
 
 
 def store_space() -> Finding:
@@ -179,9 +131,7 @@ def store_space() -> Finding:
     name = "tmpfs for page stores"
     try:
         with open("/proc/self/mountinfo") as mounts:
-            on_tmpfs = any(
-                line.split()[4] == str(STORE_DIR) and " - tmpfs " in line for line in mounts
-            )
+            on_tmpfs = any(line.split()[4] == str(STORE_DIR) and " - tmpfs " in line for line in mounts)
         stat = os.statvfs(STORE_DIR)
     except OSError as error:
         return Finding(
@@ -232,6 +182,7 @@ def clock() -> Finding:
         name=name,
         verdict=Verdict.LIMITED,
         found="the kernel's clock is not marked as synchronised",
-        cost="hosts whose clocks differ by seconds decline each other's commands as expired; one machine is fine",
+        cost="hosts whose clocks differ by seconds decline each other's commands as expired; "
+        "within one machine it does not matter",
         remedy="Run an NTP client: apt-get install chrony",
     )

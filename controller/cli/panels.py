@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from whimbrel.events.facts import AnyEvent
     from whimbrel.events.records import HostRecord, WorkloadRecord
 
-PHASES = ("freeze", "dump", "stream", "restore", "commit", "flip")
+PHASES = PhaseTimes.__struct_fields__
 HOST_SILENT_AFTER_S = 15.0
 ROUNDS_SHOWN_MAX = 12
 
@@ -156,6 +156,8 @@ def summary(report: MigrationReport) -> RenderableType:
     )
     if report.verified_pages is not None:
         line.append(f"; {report.verified_pages:,} pages verified equal")
+    for warning in report.warnings:
+        line.append(f"\nwarning: {warning}", style="yellow")
     if report.impact is not None:
         seen = report.impact
         style = "red" if seen.failed else "green"

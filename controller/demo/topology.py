@@ -185,10 +185,8 @@ class Topology:
                 )
                 # Two milliseconds' worth of burst: less cannot be refilled often enough to reach the rate.
                 burst_bytes = max(64 * 1024 + 4096, self.link_mbit * 1_000_000 // 8 // 500)
-                _run(
-                    ["tc", "-n", host.netns, "qdisc", "add", "dev", device, "root", "tbf"]
-                    + ["rate", f"{self.link_mbit}mbit", "burst", str(burst_bytes), "latency", "20ms"]
-                )
+                shaping = f"tbf rate {self.link_mbit}mbit burst {burst_bytes} latency 20ms"
+                _run(["tc", "-n", host.netns, "qdisc", "add", "dev", device, "root", *shaping.split()])
                 self._ip(f"route add {host.address}/32 via {beside} dev {self.bridge}")
         except BaseException:
             self.destroy()
