@@ -11,10 +11,13 @@ import enum
 import hashlib
 import random
 from array import array
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from churn_pages import UNTOUCHED, ZEROED
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 FILE_PAGES = 1024
 FRAME_PAGES = 4

@@ -10,7 +10,10 @@ from __future__ import annotations
 import contextlib
 import selectors
 import socket
-from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 LINE_BYTES_MAX = 4096
 CONNECTIONS_MAX = 64

@@ -1,7 +1,7 @@
 """Pid 1 of a test capsule: starts the workload as a session of its own on regular files, then reaps.
 
-argv: LOG_FILE PROGRAM [ARGUMENT…], or nothing for a capsule that criu will restore into. Prints the workload's
-pid (inside the namespace), or `ready`.
+argv: LOG_FILE PROGRAM [ARGUMENT…], or nothing for a capsule that criu will restore into. Prints the
+workload's pid (inside the namespace), or `ready`.
 """
 
 from __future__ import annotations

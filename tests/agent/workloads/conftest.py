@@ -1,7 +1,7 @@
 """Starting workloads, asking them, and moving them between two capsules with plain CRIU.
 
-The capsules here are as small as they can be, and know nothing of the agent: the workloads are its judges, so they
-are proven checkpointable without it.
+The capsules here are as small as they can be, and know nothing of the agent: the workloads are its judges,
+so they are proven checkpointable without it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -71,15 +70,6 @@ class Workload:
         pytest.fail(f"{what} expected, found {seen}; log: {self.log.read_text()[-2000:]}")
 
 
-def _outlasts(pid: int) -> bool:
-    try:
-        descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return False
-    with contextlib.closing(os.fdopen(descriptor)) as process:
-        return not select.select([process], [], [], 10.0)[0]
-
-
 Launch = Callable[..., Workload]
 
 
@@ -89,8 +79,20 @@ def command(script: str, port: int, directory: Path, seed: int, options: tuple[s
 
 
 @pytest.fixture
+def damage() -> Callable[[int, int, bytes], None]:
+    """`damage(pid, address, data)` writes into a process's memory behind its back."""
+
+    def write(pid: int, address: int, data: bytes) -> None:
+        with open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:
+            memory.seek(address)
+            memory.write(data)
+
+    return write
+
+
+@pytest.fixture
 def launch(tmp_path: Path) -> Iterator[Launch]:
-    """`launch("churner.py", seed, "--memory-mib", "32")`: a workload in a session of its own, not in a capsule."""
+    """`launch("churner.py", seed, "--memory-mib", "32")`: in a session of its own, not in a capsule."""
     started: list[subprocess.Popen[bytes]] = []
 
     def start(script: str, seed: int, *options: str) -> Workload:

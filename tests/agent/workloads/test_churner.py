@@ -1,4 +1,4 @@
-"""The memory judge: it finds no fault where there is none, every fault where there is one, and survives CRIU."""
+"""The memory judge: it finds no fault where there is none, each fault there is, and survives CRIU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
+
+    Damage = Callable[[int, int, bytes], None]
 
 SEED = 20261123
 MEMORY_MIB = 48
@@ -46,12 +47,6 @@ def replay(ops: int) -> str:
     ).stdout.strip()
 
 
-def damage(pid: int, address: int, data: bytes) -> None:
-    with open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:
-        memory.seek(address)
-        memory.write(data)
-
-
 def test_unmoved_it_is_intact_and_replayable(launch: Callable[..., Any]) -> None:
     churner = launch("churner.py", SEED, *OPTIONS)
     churner.wait_until("all kinds of operation", every_kind)
@@ -61,7 +56,7 @@ def test_unmoved_it_is_intact_and_replayable(launch: Callable[..., Any]) -> None
 
 
 @pytest.mark.parametrize("kind", ["anon", "huge", "file", "heap", "stack"])
-def test_a_damaged_byte_is_found(launch: Callable[..., Any], kind: str) -> None:
+def test_a_damaged_byte_is_found(launch: Callable[..., Any], damage: Damage, kind: str) -> None:
     churner = launch("churner.py", SEED, *OPTIONS)
     churner.wait_until(f"data in a region of kind {kind}", lambda stats: kind in stats["addresses"])
     while kind not in (stats := pause(churner))["addresses"]:  # gone again before the pause
@@ -75,7 +70,7 @@ def test_a_damaged_byte_is_found(launch: Callable[..., Any], kind: str) -> None:
     assert churner.ask("check").startswith("bad page ")  # a fault is never forgotten
 
 
-def test_a_lost_page_is_named_as_zeros(launch: Callable[..., Any]) -> None:
+def test_a_lost_page_is_named_as_zeros(launch: Callable[..., Any], damage: Damage) -> None:
     churner = launch("churner.py", SEED, *OPTIONS)
     churner.wait_until("data in anonymous memory", lambda stats: "anon" in stats["addresses"])
     while "anon" not in (stats := pause(churner))["addresses"]:
@@ -100,14 +95,13 @@ def test_moved_by_criu_it_is_intact(mover: Any) -> None:
         churner = mover.move(churner)
         answer = churner.ask("check")
         assert answer.startswith("ok ")
-        assert answer == replay(int(answer.split()[1]))
-        assert int(answer.split()[1]) >= ops_before
-        churner.wait_until(
-            "more operations", lambda stats, at=int(answer.split()[1]): stats["ops"] > at + 100
-        )
+        ops = int(answer.split()[1])
+        assert answer == replay(ops)
+        assert ops >= ops_before
+        churner.wait_until("more operations", lambda stats, ops=ops: stats["ops"] > ops + 100)
 
 
-def test_damaged_after_a_move_it_still_objects(mover: Any, tmp_path: Path) -> None:
+def test_damaged_after_a_move_it_still_objects(mover: Any, damage: Damage) -> None:
     churner = mover.start("churner.py", SEED, *OPTIONS)
     churner.wait_until("data in anonymous memory", lambda stats: "anon" in stats["addresses"])
     churner = mover.move(churner)
