@@ -119,7 +119,7 @@ def soft_dirty() -> Finding:
         name=name,
         verdict=Verdict.LIMITED,
         found=found,
-        cost="none here: whimbrel tracks with userfaultfd-wp; plain `criu pre-dump` would not work",
+        cost="plain `criu pre-dump` would not work; whimbrel does not need it",
     )
 
 

@@ -278,7 +278,8 @@ async def _move(cluster: Cluster, users: Users, stage: Stage, options: DemoOptio
         Text(
             f"clients    {seen.writes:,} writes and {seen.reads:,} reads meanwhile, {seen.errors} errors, "
             f"longest wait {panels.milliseconds(seen.gap_ms_max)}; read back "
-            f"{verified.acknowledged:,} acknowledged writes and {verified.data_keys:,} values, {verified.lost} lost",
+            f"{verified.acknowledged:,} acknowledged writes and {verified.data_keys:,} values, "
+            f"{verified.lost} lost",
             style="green" if move.ok else "bold red",
         )
     )
