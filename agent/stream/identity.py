@@ -156,7 +156,9 @@ def _context(identity: Identity, peer_certificate_pem: str, protocol: ssl._SSLMe
         os.write(fd, (identity.certificate_pem + identity.key_pem).encode())
         context.load_cert_chain(f"/proc/self/fd/{fd}")
     except ssl.SSLError as error:
-        raise LocalError(f"identity of host {identity.host} is unusable: {error}; delete it to make a new one") from error
+        raise LocalError(
+            f"identity of host {identity.host} is unusable: {error}; delete it to make a new one"
+        ) from error
     finally:
         os.close(fd)
     return context
