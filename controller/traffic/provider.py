@@ -1,8 +1,8 @@
 """What a migration asks of whatever stands between users and a workload.
 
-Every provider (our gate, HAProxy, Envoy, an address that moves) can do these five things for one route, and the
-order is always the same: hold → drained → (the workload moves) → flip → release; or roll_back instead of the
-last two. Nothing is lost before the flip, so that a migration may be given up at any moment until then.
+Every provider (our gate, HAProxy, Envoy, an address that moves) can do these five things for one route, and
+the order is always the same: hold → drained → (the workload moves) → flip → release; or roll_back instead of
+the last two. Nothing is lost before the flip, so that a migration may be given up at any moment until then.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import random
 from typing import TYPE_CHECKING
 
 import pytest
+from tests.gate.conftest import until
 
 from whimbrel.controller.traffic.gate.route import RouteLimits
 from whimbrel.controller.traffic.provider import Drained, Released, TrafficError
@@ -41,9 +42,7 @@ async def release(awaitable: Awaitable[Released]) -> Released:
 
 async def has_bytes(route: Route, held: int) -> None:
     """Until the gate has seen `held` clients waiting."""
-    async with asyncio.timeout(10):
-        while (impact := route.impact()) is None or impact.held < held:
-            await asyncio.sleep(0)
+    await until(lambda: (impact := route.impact()) is not None and impact.held >= held)
 
 
 async def is_reset(client: LineClient) -> bool:
@@ -116,9 +115,7 @@ async def test_request_in_pieces_is_completed_while_draining(
 
 
 async def route_has_read(route: Route) -> None:
-    async with asyncio.timeout(10):
-        while not any(relay.client_spoke for relay in route._relays):
-            await asyncio.sleep(0)
+    await until(lambda: any(relay.client_spoke for relay in route._relays))
 
 
 async def test_closed_loop_and_pipelining_clients_lose_nothing_over_fifty_flips(
@@ -168,6 +165,9 @@ async def test_closed_loop_and_pipelining_clients_lose_nothing_over_fifty_flips(
             await client.close()
             answered += 1
 
+    async def answers_beyond(seen: int) -> None:
+        await until(lambda: answered > seen)
+
     jitter = random.Random(seed)
     async with asyncio.TaskGroup() as clients:
         for number in range(6):
@@ -186,8 +186,7 @@ async def test_closed_loop_and_pipelining_clients_lose_nothing_over_fifty_flips(
             assert report.impact.failed == 0, (flip, report, seed)
             old.thaw()
             await asyncio.sleep(jitter.random() / 50)
-            while answered == seen:
-                await asyncio.sleep(0)
+            await answers_beyond(seen)
         stop.set()
     assert answered > 60
 
@@ -229,9 +228,7 @@ async def test_frozen_in_the_middle_of_an_answer_is_a_reset_not_half_an_answer(
 
 
 async def route_has_answered_part(route: Route) -> None:
-    async with asyncio.timeout(10):
-        while not any(relay.unsent_to_client() for relay in route._relays):
-            await asyncio.sleep(0)
+    await until(lambda: any(relay.unsent_to_client() for relay in route._relays))
 
 
 async def test_roll_back_goes_on_with_the_old_connections(

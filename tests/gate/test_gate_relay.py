@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import random
 import zlib
 from typing import TYPE_CHECKING
 
 import pytest
+from tests.gate.conftest import until
 
 from whimbrel.controller.traffic.gate.route import Route, RouteLimits
 from whimbrel.controller.traffic.provider import Backend, TrafficError
@@ -49,9 +49,7 @@ async def test_backends_fin_reaches_the_client_which_may_still_send(
     assert client.reader.at_eof()
     assert route.connections == 1
     client.writer.write_eof()
-    async with asyncio.timeout(10):
-        while route.connections:
-            await asyncio.sleep(0)
+    await until(lambda: not route.connections)
 
 
 async def test_a_reader_that_never_reads_costs_one_buffer_and_hurts_nobody(
@@ -74,9 +72,7 @@ async def test_refused_backend_resets_the_client(
     with contextlib.suppress(ConnectionError):
         client = await connect(route.listen_port)
         assert await client.reader.read() == b""
-    async with asyncio.timeout(10):
-        while route.connections:
-            await asyncio.sleep(0)
+    await until(lambda: not route.connections)
 
 
 async def test_clients_beyond_the_limit_wait_for_their_turn(

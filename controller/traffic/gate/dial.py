@@ -32,7 +32,7 @@ def prepare_socket(sock: socket.socket) -> None:
 
 
 class Dial:
-    """One connection to be made. Calls `on_connected(socket)` or `on_failed(error)` once; neither if cancelled.
+    """One connection to be made. Calls `on_connected(socket)` or `on_failed(error)`, neither if cancelled.
 
     `patient_until` (loop time, s): until then a failed attempt is repeated every `retry_s`.
     `give_up_at` (loop time, s): bounds the last attempt.

@@ -111,6 +111,8 @@ class Route:
         self._hold: _Hold | None = None
         self._release: _Release | None = None
         self._last: Released | None = None
+        self._origin: Backend | None = None
+        """Where the route led before its last hold."""
         self._patient_until = 0.0
         self._to_dial: deque[Relay] = deque()
         self._dial_turn: asyncio.Handle | None = None
@@ -170,6 +172,10 @@ class Route:
             return self._read(meter)
         return self._last.impact if self._last is not None else None
 
+    def rolled_back(self) -> bool:
+        """It leads where it led before its last hold (or was never held), and is not held."""
+        return self._hold is None and self.backend == (self._origin or self.backend)
+
     # --- the provider's five -------------------------------------------------------------------------
 
     def hold(self, *, drain_limit_ms: float, hold_limit_ms: float) -> asyncio.Future[int]:
@@ -216,6 +222,7 @@ class Route:
     def repoint(self, to: Backend) -> None:
         """New connections lead to `to`; existing ones stay where they are. For a route that is not held."""
         self.backend = to
+        self._origin = None
 
     # --- hold ----------------------------------------------------------------------------------------
 
@@ -226,6 +233,7 @@ class Route:
             self._loop, self._limits.drain, limit_ms=drain_limit_ms, on_drained=hold.drained.set_result
         )
         self._hold = hold
+        self._origin = hold.origin
         self._to_dial.clear()
         for relay in self._relays:
             if relay.phase is Phase.CONNECTING:
