@@ -1,12 +1,13 @@
-"""How a migration ends: told to everybody, recorded for the workload, then let go.
+"""How a migration ends: recorded for the workload, told to everybody, then let go.
 
 An end state stays until the workload's record is written: a controller that dies in between must find the
-migration unfinished, or the workload would stay claimed by it for ever.
+migration unfinished, or the workload would stay claimed by it for ever. The end is told after that, so that
+whoever hears it may at once ask for the next move.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import msgspec
 
@@ -16,9 +17,6 @@ from whimbrel.controller.core.states import Aborted, AnyState, Completed, Move, 
 from whimbrel.controller.core.stimuli import CoreEvent, Tick, WorkloadRecorded
 from whimbrel.events import facts
 
-if TYPE_CHECKING:
-    from whimbrel.events.records import MigrationReport
-
 Outcome = tuple[AnyState, tuple[CoreCommand, ...]]
 
 RECORD_AGAIN_S: Final = 5.0
@@ -26,7 +24,7 @@ RECORD_AGAIN_S: Final = 5.0
 
 def rejected(move: Move, problems: tuple[str, ...], now: float, exit_code: int | None = None) -> Outcome:
     state = Rejected(move=move, problems=problems, exit_code=exit_code, retry_at=now + RECORD_AGAIN_S)
-    return state, _said(state, now)
+    return state, _said(state)
 
 
 def aborted(
@@ -40,34 +38,39 @@ def aborted(
         exit_code=exit_code,
         retry_at=now + RECORD_AGAIN_S,
     )
-    return state, _said(state, now)
+    return state, _said(state)
 
 
-def completed(state: Completed, now: float) -> Outcome:
-    return state, _said(state, now)
+def completed(state: Completed) -> Outcome:
+    return state, _said(state)
 
 
 def on_ended(state: Rejected | Aborted | Completed, event: CoreEvent, now: float) -> Outcome:
     match event:
         case WorkloadRecorded(update=update) if update == _record_id(state.move) and not state.recorded:
-            return msgspec.structs.replace(state, recorded=True), (Finish(),)
+            return msgspec.structs.replace(state, recorded=True), _told(state, now)
         case Tick() if not state.recorded and now >= state.retry_at:
             return msgspec.structs.replace(state, retry_at=now + RECORD_AGAIN_S), (_record_of(state),)
     return state, ()
 
 
 def said_again(state: Rejected | Aborted | Completed, now: float) -> tuple[CoreCommand, ...]:
-    return (Finish(),) if state.recorded else _said(state, now)
+    return _told(state, now) if state.recorded else _said(state)
 
 
 def _record_id(move: Move) -> str:
     return speech.command_id(move, "record-end")
 
 
-def _said(state: Rejected | Aborted | Completed, now: float) -> tuple[CoreCommand, ...]:
+def _said(state: Rejected | Aborted | Completed) -> tuple[CoreCommand, ...]:
+    if isinstance(state, Completed) and state.learned is not None:
+        return (_record_of(state), SaveModel(model=state.learned))
+    return (_record_of(state),)
+
+
+def _told(state: Rejected | Aborted | Completed, now: float) -> tuple[CoreCommand, ...]:
     move = state.move
     event: facts.MigrationRejected | facts.MigrationAborted | facts.MigrationCompleted
-    more: tuple[CoreCommand, ...] = ()
     match state:
         case Rejected():
             event = facts.MigrationRejected(
@@ -90,23 +93,17 @@ def _said(state: Rejected | Aborted | Completed, now: float) -> tuple[CoreComman
                 remedy=state.remedy,
             )
         case Completed():
-            event = _completed_event(move, state.report, now)
-            if state.learned is not None:
-                more = (SaveModel(model=state.learned),)
-    return (_record_of(state), Publish(event=event), *more)
+            event = facts.MigrationCompleted(
+                id=speech.command_id(move, "completed"),
+                at=now,
+                host=move.controller,
+                migration=move.migration,
+                report=state.report,
+            )
+    return (Publish(event=event), Finish())
 
 
 def _record_of(state: Rejected | Aborted | Completed) -> UpdateWorkload:
     move = state.move
     host = move.target if isinstance(state, Completed) else move.source
     return speech.record_of_rest(move, "end", host, state.exit_code)
-
-
-def _completed_event(move: Move, report: MigrationReport, now: float) -> facts.MigrationCompleted:
-    return facts.MigrationCompleted(
-        id=speech.command_id(move, "completed"),
-        at=now,
-        host=move.controller,
-        migration=move.migration,
-        report=report,
-    )

@@ -232,7 +232,7 @@ def _completed(state: Flipping, now: float) -> Outcome:
         learned=_learned(state, measured),
         retry_at=now + ending.RECORD_AGAIN_S,
     )
-    return ending.completed(end, now)
+    return ending.completed(end)
 
 
 def _measured(state: Flipping, now: float) -> PhaseTimes:

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 RESUME_GRACE_S: Final = 10.0
 """After a restart: time for the replayed events before a timeout that passed meanwhile counts."""
 ROUNDS_MAX: Final = 1000
+EXIT_SLACK_S: Final = 1.0
+"""How far the clocks of an agent and the controller may differ before an exit would be missed or mistaken."""
 
 
 def begin(
@@ -155,8 +157,9 @@ def next_deadline(state: AnyState) -> float | None:
 
 
 def _concerns(move: Move, event: facts.Event) -> bool:
-    if isinstance(event, facts.WorkloadExited):
-        return event.workload == move.spec.name
+    if isinstance(event, facts.WorkloadExited) and event.migration is None:
+        # An earlier process of that name may have ended too, and its event may be replayed.
+        return event.workload == move.spec.name and event.at >= move.requested_at - EXIT_SLACK_S
     return event.migration == move.migration
 
 
