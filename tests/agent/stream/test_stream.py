@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
-from tests.agent.stream.conftest import PAGE, Memory, Target
+from tests.agent.stream.peers import HEAP, PAGE, STACK, Memory
 
-from whimbrel.agent.memory.store import PageStore
 from whimbrel.agent.stream.errors import LocalError, MemoryGone, StreamClosed, StreamTimeout
-from whimbrel.agent.stream.sender import StreamSender
 
-Connect = Callable[..., StreamSender]
-HEAP = 0x5555_0000_0000
-STACK = 0x7FFF_FFF0_0000
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.agent.stream.peers import Target
+
+    from whimbrel.agent.memory.store import PageStore
+    from whimbrel.agent.stream.sender import StreamSender
+
+    Connect = Callable[..., StreamSender]
 
 
 def test_rounds_arrive_byte_exact(connect: Connect, target: Target, store: PageStore) -> None:
