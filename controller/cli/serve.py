@@ -102,7 +102,7 @@ def gate(
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
     """Run a gate: the TCP proxy that holds and flips users' connections."""
-    from whimbrel.controller.traffic.gate import run_gate
+    from whimbrel.controller.traffic.gate.service import run_gate
 
     logging.basicConfig(level=log_level.upper(), format=LOG_FORMAT)
 

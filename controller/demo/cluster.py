@@ -21,12 +21,14 @@ from typing import TYPE_CHECKING, Any, Self
 
 from whimbrel.controller.cli.follow import follow
 from whimbrel.controller.cli.progress import MigrationProgress, Outcome
+from whimbrel.controller.demo.environment import child_environment
 from whimbrel.controller.demo.leftovers import Footprint
 from whimbrel.controller.demo.topology import Slot, Topology, start_ticks_of
 from whimbrel.events.bus import Bus
+from whimbrel.events.commands import ReadTraffic
 from whimbrel.events.errors import BusError
 from whimbrel.events.ids import new_id
-from whimbrel.events.requests import Declined, Migrate, Run, Stop
+from whimbrel.events.requests import AbortMigration, Declined, Migrate, Run, Stop
 from whimbrel.events.server import EmbeddedServer
 
 if TYPE_CHECKING:
@@ -169,7 +171,7 @@ class Cluster:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env={**os.environ, "WHIMBREL_NATS": self.nats_url, "PYTHONUNBUFFERED": "1"},
+                env=child_environment(WHIMBREL_NATS=self.nats_url, PYTHONUNBUFFERED="1"),
                 start_new_session=True,  # Ctrl-C is ours to handle, in order
             )
         child = Child(name, process, log)
@@ -205,6 +207,17 @@ class Cluster:
                     f"missing {sorted(missing)}; the end of their logs:\n{tails}"
                 )
             await asyncio.sleep(0.05)
+        left_s = max(1.0, deadline - time.monotonic())
+        try:
+            # Any answer will do, a refusal included: it says that somebody takes commands and requests.
+            await self.bus.command(GATE, ReadTraffic(**_stamp(), workload="none"), timeout_s=left_s)
+            await self.bus.request(AbortMigration(**_stamp(), migration="none"), timeout_s=left_s)
+        except BusError as error:
+            tails = "\n".join(f"{name}:\n{self.children[name].tail()}" for name in (GATE, CONTROLLER))
+            raise ClusterError(
+                f"expected gate and controller to answer within {READY_TIMEOUT_S:g} s, found: {error}; "
+                f"the end of their logs:\n{tails}"
+            ) from error
 
     # --- what is asked of it --------------------------------------------------------------------------
 

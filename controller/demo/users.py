@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import msgspec
 
 from whimbrel.controller.demo.clients import Filled, Order, Verified, Window
+from whimbrel.controller.demo.environment import child_environment
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -53,7 +53,7 @@ class Users:
                 stdout=asyncio.subprocess.PIPE,
                 stderr=errors,
                 limit=ANSWER_BYTES_MAX,
-                env=dict(os.environ),
+                env=child_environment(),
                 start_new_session=True,
             )
         return self
