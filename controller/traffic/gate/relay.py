@@ -80,6 +80,7 @@ class Relay:
         "_client",
         "_loop",
         "_owner",
+        "_reads_client",
         "_to_backend",
         "_to_client",
         "answer_bytes",
@@ -103,6 +104,7 @@ class Relay:
         self._client = client
         self._backend: socket.socket | None = None
         self._buffer = buffer
+        self._reads_client = False
         self._to_backend: bytearray | None = None
         self._to_client: bytearray | None = None
         self.phase = Phase.WAITING
@@ -138,11 +140,13 @@ class Relay:
     # --- what the route does -------------------------------------------------------------------------
 
     def read_client(self) -> None:
-        if self.phase is not Phase.CLOSED and not self.client_ended and self._to_backend is None:
+        if not self._reads_client and not self.client_ended and self._to_backend is None:
+            self._reads_client = True
             self._loop.add_reader(self._client.fileno(), self._client_readable)
 
-    def leave_client(self) -> None:
+    def _leave_client(self) -> None:
         """What the client sends from now on stays in its kernel buffer."""
+        self._reads_client = False
         self._loop.remove_reader(self._client.fileno())
 
     def attach(self, backend: socket.socket) -> None:
@@ -165,8 +169,6 @@ class Relay:
         backend = self._backend
         if backend is None:
             return
-        self._loop.remove_reader(backend.fileno())
-        self._loop.remove_writer(backend.fileno())
         self._read_dry(backend)
         self._drop_backend(reset=True)
         self._to_backend = None
@@ -188,7 +190,7 @@ class Relay:
             self.dial.cancel()
             self.dial = None
         self._drop_backend(reset=reset)
-        self._loop.remove_reader(self._client.fileno())
+        self._leave_client()
         self._loop.remove_writer(self._client.fileno())
         _close(self._client, reset=reset)
         self._to_backend = self._to_client = None
@@ -198,7 +200,7 @@ class Relay:
 
     def _client_readable(self) -> None:
         if self.fenced:
-            self._loop.remove_reader(self._client.fileno())
+            self._leave_client()
             self._owner.client_waits(self)
             return
         backend = self._backend
@@ -212,7 +214,7 @@ class Relay:
             return
         if not count:
             self.client_ended = True
-            self._loop.remove_reader(self._client.fileno())
+            self._leave_client()
             self._pass_client_end()
             return
         self.client_spoke = True
@@ -227,7 +229,7 @@ class Relay:
             return
         if sent < count:
             self._to_backend = bytearray(self._buffer[sent:count])
-            self._loop.remove_reader(self._client.fileno())
+            self._leave_client()
             self._loop.add_writer(backend.fileno(), self._backend_writable)
 
     def _backend_writable(self) -> None:

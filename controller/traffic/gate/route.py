@@ -15,8 +15,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import itertools
 import socket
-from collections import deque
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
@@ -35,8 +35,8 @@ _T = TypeVar("_T")
 
 ACCEPT_BATCH = 64
 ACCEPT_PAUSE_S = 0.1
-DIAL_BATCH = 32
-"""Backend connections opened per turn of the loop: 2,000 idle clients must not delay those who wait."""
+MOVE_BATCH = 4
+"""Connections moved per turn of the loop: 2,000 idle clients must not delay those who wait for an answer."""
 LISTEN_BACKLOG = 4096
 
 
@@ -114,8 +114,9 @@ class Route:
         self._origin: Backend | None = None
         """Where the route led before its last hold."""
         self._patient_until = 0.0
-        self._to_dial: deque[Relay] = deque()
-        self._dial_turn: asyncio.Handle | None = None
+        self._to_move: dict[Relay, None] = {}
+        """Released, and not yet connected to the new backend, in the order of their turn."""
+        self._move_turn: asyncio.TimerHandle | None = None
 
     # --- life ----------------------------------------------------------------------------------------
 
@@ -148,9 +149,9 @@ class Route:
             self._listener = None
         for relay in tuple(self._relays):
             relay.close(reset=True)
-        if self._dial_turn is not None:
-            self._dial_turn.cancel()
-            self._dial_turn = None
+        if self._move_turn is not None:
+            self._move_turn.cancel()
+            self._move_turn = None
         if self._hold is not None:
             self._end_hold(self._hold)
         self._finish_release()
@@ -234,7 +235,9 @@ class Route:
         )
         self._hold = hold
         self._origin = hold.origin
-        self._to_dial.clear()
+        for relay in self._to_move:  # flipped already, and held again before its turn came
+            self._leave_backend(relay)
+        self._to_move.clear()
         for relay in self._relays:
             if relay.phase is Phase.CONNECTING:
                 assert relay.dial is not None
@@ -281,58 +284,61 @@ class Route:
         flipped = self.backend != hold.origin
         idle: list[Relay] = []
         for relay in tuple(self._relays):
-            if not self._ready_to_go(relay, hold, flipped):
-                relay.waiting_since = None
-                continue
-            if relay.waiting_since is not None:
-                release.awaited.add(relay)
-                relay.watched = True
-                if relay.phase is Phase.WAITING:
-                    self._to_dial.append(relay)
-            elif relay.phase is Phase.WAITING:
-                idle.append(relay)
+            if flipped or relay.phase is not Phase.RELAYING:
+                if self._is_lost(relay, hold):
+                    hold.meter.failed += 1
+                    relay.close(reset=True)
+                elif relay.backend_ended:
+                    # The client was told before the drain was over; what follows is between those two.
+                    self._resume(relay)
+                elif relay.waiting_since is not None:
+                    release.awaited.add(relay)
+                    self._to_move[relay] = None
+                else:
+                    idle.append(relay)
             else:
-                relay.watched = False
-        self._to_dial.extend(idle)
-        self._dial_some()
+                release.first_s = 0.0
+                if relay.waiting_since is not None:
+                    release.awaited.add(relay)
+                self._resume(relay)
+        self._to_move.update(dict.fromkeys(idle))
+        self._move_some()
         self._restart_quiet()
         self._report_if_done()
 
-    def _ready_to_go(self, relay: Relay, hold: _Hold, flipped: bool) -> bool:
-        """Leaves a relay relaying again (its backend lives on) or waiting for a dial; False: it is ending."""
-        if relay.phase is Phase.WAITING:
-            return True
-        if not flipped and relay.phase is Phase.RELAYING:
-            relay.fenced = False
-            if self._release is not None and self._release.first_s is None:
-                self._release.first_s = 0.0
-            relay.read_client()
-            return True
-        if relay.backend_ended:
-            # The client was told so before the drain was over; what it does about that is between the two.
-            relay.fenced = relay.watched = False
-            relay.read_client()
+    def _is_lost(self, relay: Relay, hold: _Hold) -> bool:
+        """Its last backend had taken bytes of it that were not answered, or had not answered all."""
+        if relay.phase is Phase.WAITING or relay.backend_ended:
             return False
-        if not hold.drain.is_settled(relay) or (relay.phase is Phase.LOST and relay.client_spoke):
-            hold.meter.failed += 1
-            relay.close(reset=True)
-            return False
-        relay.detach()
-        relay.phase = Phase.WAITING
+        return not hold.drain.is_settled(relay) or (relay.phase is Phase.LOST and relay.client_spoke)
+
+    def _resume(self, relay: Relay) -> None:
+        """Goes on with the backend it has."""
+        relay.fenced = False
+        relay.watched = relay.waiting_since is not None
+        relay.read_client()
+
+    def _move_some(self) -> None:
+        self._move_turn = None
+        for relay in tuple(itertools.islice(self._to_move, MOVE_BATCH)):
+            self._move(relay)
+        if self._to_move:
+            # A timer comes after the sockets of its turn: who is connected is served before more connect.
+            self._move_turn = self._loop.call_later(0, self._move_some)
+
+    def _move(self, relay: Relay) -> None:
+        del self._to_move[relay]
+        self._leave_backend(relay)
         if relay.client_ended:
             # It had said all it wanted and was answered: nothing is left to ask a new backend for.
+            relay.waiting_since = None
             relay.finish()
-            return False
-        return True
+        else:
+            self._dial(relay)
 
-    def _dial_some(self) -> None:
-        self._dial_turn = None
-        for _ in range(min(DIAL_BATCH, len(self._to_dial))):
-            relay = self._to_dial.popleft()
-            if relay.phase is Phase.WAITING:
-                self._dial(relay)
-        if self._to_dial:
-            self._dial_turn = self._loop.call_soon(self._dial_some)
+    def _leave_backend(self, relay: Relay) -> None:
+        relay.detach()
+        relay.phase = Phase.WAITING
 
     def _dial(self, relay: Relay) -> None:
         now = self._loop.time()
@@ -491,8 +497,8 @@ class Route:
             relay.waiting_since = self._loop.time()
             if self._hold is not None:
                 self._hold.meter.held += 1
-        if self._hold is None and relay.phase is Phase.WAITING:
-            self._dial(relay)  # in the queue of idle ones after a flip: it goes first
+        if relay in self._to_move:
+            self._move(relay)  # it has stopped being idle: it need not queue any more
 
     def client_spoke(self, relay: Relay) -> None:
         if relay.waiting_since is None:
@@ -512,7 +518,7 @@ class Route:
     def keeps_end(self, relay: Relay, *, clean: bool) -> bool:
         hold = self._hold
         if hold is None:
-            return False
+            return relay in self._to_move
         # Before the drain is over the backend is not frozen: its FIN ends an answer, or is its own decision.
         kept = hold.drain.over() or hold.drain.is_settled(relay) or (not clean and relay.fenced)
         if not hold.drain.over():
@@ -521,6 +527,7 @@ class Route:
 
     def closed(self, relay: Relay) -> None:
         self._relays.discard(relay)
+        self._to_move.pop(relay, None)
         relay.waiting_since = None
         if self._hold is not None:
             self._hold.drain.forget(relay)
