@@ -190,7 +190,9 @@ class PageSet:
                 full[-1][1] += 1
             else:
                 full.append([chunk, 1])
-        body = b"".join([_COUNTS.pack(len(full), len(partial)), *(_FULL_RUN.pack(*run) for run in full), *partial])
+        body = b"".join(
+            [_COUNTS.pack(len(full), len(partial)), *(_FULL_RUN.pack(*run) for run in full), *partial]
+        )
         return _PACK_MAGIC + zlib.compress(body, 1)
 
     @classmethod

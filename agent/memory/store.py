@@ -55,7 +55,9 @@ class MissingPages(StoreError):
     """Pages were read that never arrived: handing out zeros instead would corrupt the workload."""
 
     def __init__(self, space: int, start: int, end: int) -> None:
-        super().__init__(f"space {space}: not all pages of {start:#x}-{end:#x} have arrived in the page store")
+        super().__init__(
+            f"space {space}: not all pages of {start:#x}-{end:#x} have arrived in the page store"
+        )
         self.space, self.start, self.end = space, start, end
 
 
@@ -108,7 +110,9 @@ class PageStore:
             _punch(entry.fd, address, end)
             if error.errno in (errno.ENOSPC, errno.ENOMEM):
                 raise StoreFull(self.directory, end - offset, self.free_bytes()) from error
-            raise StoreError(f"page store {self.directory}: writing {address:#x}-{end:#x}: {error}") from error
+            raise StoreError(
+                f"page store {self.directory}: writing {address:#x}-{end:#x}: {error}"
+            ) from error
 
     def write_zero(self, space: int, address: int, length: int) -> None:
         """Zero pages take no memory."""

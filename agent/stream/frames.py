@@ -22,7 +22,8 @@
 4.  ACK says in its sequence number that everything up to it was applied. An applied frame is acknowledged
     at once when nothing else is waiting to be read, and at least once a MiB.
 5.  PAGES: the run table (16 bytes each: u64 address, u32 pages, u32 0 = data | 1 = zero), then the pages of
-    all data runs in the table's order. The table is never compressed.
+    all data runs in the table's order; at most 1 MiB of memory, zero pages included. The table is never
+    compressed.
 6.  FILE: u16 name length, u16 0, u32 0, u64 offset, u64 total bytes, name, data. Chunks of one file come in
     order and without others between them; the last one completes the file.
 7.  PROBE is any bytes, not numbered, answered by PROBED when it has arrived: the measure of the link.
@@ -43,7 +44,9 @@ from whimbrel.agent.stream.errors import MalformedFrame
 
 VERSION: Final = 1
 DATA_BYTES_MAX: Final = 1 << 20
-RUNS_MAX: Final = DATA_BYTES_MAX // PAGE_BYTES
+PAGES_MAX: Final = DATA_BYTES_MAX // PAGE_BYTES
+"""In one frame, zero pages included."""
+RUNS_MAX: Final = PAGES_MAX
 """Runs are not empty, so a frame never needs more, however its zero pages are scattered."""
 TEXT_BYTES_MAX: Final = 4096
 """HELLO, WELCOME and ERROR."""
@@ -175,14 +178,17 @@ def pack_runs(runs: list[tuple[int, int, int]]) -> bytes:
 def unpack_runs(table: memoryview, data_bytes: int) -> list[tuple[int, int, int]]:
     """(start, end, RUN_…) in bytes. Raises MalformedFrame unless they describe exactly `data_bytes`."""
     runs = []
-    described = 0
+    described = total_pages = 0
     for address, pages, content in _RUN.iter_unpack(table):
         end = address + pages * PAGE_BYTES
         if address % PAGE_BYTES or not pages or end > ADDRESS_END or content > RUN_ZERO:
             raise MalformedFrame(f"run of {pages} pages at {address:#x} with content {content} is impossible")
         if content == RUN_DATA:
             described += end - address
+        total_pages += pages
         runs.append((address, end, content))
+    if total_pages > PAGES_MAX:  # zero runs cost nothing to send, but the receiver has to remember them
+        raise MalformedFrame(f"the runs describe {total_pages} pages; at most {PAGES_MAX} fit into a frame")
     if described != data_bytes:
         raise MalformedFrame(f"the runs describe {described} data bytes, the frame has {data_bytes}")
     return runs

@@ -166,9 +166,10 @@ def _context(identity: Identity, peer_certificate_pem: str, protocol: ssl._SSLMe
 
 def _der(certificate_pem: str) -> bytes:
     try:
-        return ssl.PEM_cert_to_DER_cert(certificate_pem.strip())
+        certificate = x509.load_pem_x509_certificate(certificate_pem.encode())
     except ValueError as error:
         raise LocalError(f"not a PEM certificate: {certificate_pem[:40]!r}…: {error}") from error
+    return certificate.public_bytes(serialization.Encoding.DER)
 
 
 def _fingerprint_of_der(der: bytes) -> str:

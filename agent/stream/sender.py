@@ -404,7 +404,7 @@ class StreamSender:
             self._receiver = welcome.incarnation
             if welcome.applied < self._outbox.applied:
                 raise MalformedFrame(
-                    f"the receiver has applied {welcome.applied} frames, not the {self._outbox.applied} it said"
+                    f"the receiver has applied {welcome.applied} frames after {self._outbox.applied}"
                 )
             self._acknowledged(welcome.applied, connection)
             return connection

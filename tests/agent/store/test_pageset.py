@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from whimbrel.agent.memory.pageset import PAGE_BYTES, PageSet
 
 # Near chunk borders (512 pages), where the masks are cut, and far apart, where the dict is sparse.
@@ -84,7 +85,9 @@ def test_a_whole_address_space_is_cheap_to_name() -> None:
     assert not pages
 
 
-@pytest.mark.parametrize(("start", "end"), [(1, 4096), (0, 4097), (8192, 4096), (-4096, 0), (0, (1 << 56) + 4096)])
+@pytest.mark.parametrize(
+    ("start", "end"), [(1, 4096), (0, 4097), (8192, 4096), (-4096, 0), (0, (1 << 56) + 4096)]
+)
 def test_ranges_that_are_none_are_refused(start: int, end: int) -> None:
     with pytest.raises(ValueError, match="not a page range"):
         PageSet().add(start, end)

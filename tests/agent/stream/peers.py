@@ -1,4 +1,4 @@
-"""What the stream tests stand on: a seeded memory, a serving target, a proxy that breaks things on purpose."""
+"""What the stream tests stand on: a seeded memory, a serving target, a proxy that breaks things."""
 
 from __future__ import annotations
 
