@@ -186,15 +186,16 @@ class Memory:
             for first, pages, access in region.runs():
                 at = self.address(region.id, first)
                 end = at + pages * PAGE_BYTES
+                found = "nothing"
                 for low, high, permissions in mapped:
-                    if low <= at < high and at < end:
+                    if low <= at < min(high, end):
+                        found = permissions
                         if permissions != _PERMISSIONS[access]:
-                            return f"mapping {_where(region, first, at)} expected {_PERMISSIONS[access]} found {permissions}"
-                        at = high
+                            break
+                        at, found = high, "nothing"
                 if at < end:
-                    return (
-                        f"mapping {_where(region, first, at)} expected {_PERMISSIONS[access]} found nothing"
-                    )
+                    where = _where(region, first, at)
+                    return f"mapping {where} expected {_PERMISSIONS[access]} found {found}"
         return None
 
     def wrong_content(self, plan: Plan) -> str | None:
@@ -301,7 +302,7 @@ class Memory:
         self._addresses[op.region] = base
 
     def _resize_in_pieces(self, base: int, region: Region, op: Resize) -> int:
-        """A region of several VMAs cannot be resized at once (EFAULT): shorten it, or move it to a longer one."""
+        """Of several VMAs a region cannot be resized at once (EFAULT): cut it, or move it to a longer one."""
         if op.pages < op.pages_before:
             self.pieced_mremaps += 1
             cut = (op.pages_before - op.pages) * PAGE_BYTES

@@ -1,7 +1,7 @@
 """What each page must hold, as a function of the seed, so that nothing needs to be remembered to check it.
 
-Every write of a page takes a new generation number, unique in the whole run: a page at the wrong address, of an
-older round, or zeroed can therefore be told apart, and `describe` says which of them was found.
+Every write of a page takes a new generation number, unique in the whole run: a page at the wrong address, of
+an older round, or zeroed can therefore be told apart, and `describe` says which of them was found.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The churner's operations and the model of what memory must hold after them, without touching any memory.
 
-Each operation depends on nothing but the seed and the operations before it, never on an address or a clock. So
-the model after N operations can be computed twice: by the process that was moved, and by a fresh one that was
-not (`churner.py --replay N`). Equal digests prove that the judge's own state came across undamaged.
+Each operation depends on nothing but the seed and the operations before it, never on an address or a clock.
+So the model after N operations can be computed twice: by the process that was moved, and by a fresh one that
+was not (`churner.py --replay N`). Equal digests prove that the judge's own state came across undamaged.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import enum
 import hashlib
 import random
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from churn_pages import UNTOUCHED, ZEROED
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 FILE_PAGES = 1024
 FRAME_PAGES = 4
@@ -154,6 +155,7 @@ class Ascend:
 
 
 Op = Map | Unmap | Split | Write | Zero | Discard | Resize | Move | Protect | Descend | Ascend
+Choice = Callable[[], Op | None]  # None: nothing to do it to at the moment
 
 
 class Plan:
@@ -166,7 +168,7 @@ class Plan:
         self._pages_max = memory_mib * 256
         self._generation = 0
         self._region = 0
-        self._choices: list[tuple[int, Callable[[], Op | None]]] = [
+        self._choices: list[tuple[int, Choice]] = [
             (60, self._write),
             (6, self._write_all),
             (6, self._zero),
@@ -183,7 +185,8 @@ class Plan:
             (1, self._descend),
             (1, self._ascend),
         ]
-        self._shrinking = [self._unmap, self._shrink, self._discard, self._ascend]
+        self._shrinking: list[Choice] = [self._unmap, self._shrink, self._discard, self._ascend]
+        self._growing: list[Choice] = [self._map, self._write_all]
 
     @property
     def pages_used(self) -> int:
@@ -195,11 +198,12 @@ class Plan:
         while True:
             share = self.pages_used / self._pages_max
             if share > 0.9:
-                op = self._random.choice(self._shrinking)()
+                choose = self._random.choice(self._shrinking)
             elif share < 0.5:
-                op = self._random.choice((self._map, self._write_all))()
+                choose = self._random.choice(self._growing)
             else:
-                op = self._random.choices(self._choices, weights)[0][1]()
+                choose = self._random.choices(self._choices, weights)[0][1]
+            op = choose()
             if op is not None:
                 self.ops += 1
                 return op

@@ -2,10 +2,10 @@
 
     python churner.py --port P --seed S [--memory-mib 128] [--ops-per-s 200] [--dir DIR]
 
-Lines on TCP: `check` → `ok <ops> <digest>` or `bad <what> <where> expected … found …`; `stats` → JSON; `pause` and
-`go` → `ok`. `churner.py --seed S --memory-mib M --replay N` computes in a process of its own the digest that must
-be answered after N operations. Between checks every operation is followed by a look at one random page, and a
-fault found once is answered for ever.
+Lines on TCP: `check` → `ok <ops> <digest>` or `bad <what> <where> expected … found …`; `stats` → JSON;
+`pause` and `go` → `ok`. `churner.py --seed S --memory-mib M --replay N` computes in a process of its own the
+digest that must be answered after N operations. Between checks every operation is followed by a look at one
+random page, and a fault found once is answered for ever.
 """
 
 from __future__ import annotations

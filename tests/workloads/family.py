@@ -3,14 +3,14 @@
     python family.py --port P --seed S [--children 3] [--dir DIR] [--deleted-file] [--file-lock]
                      [--no-named-socket] [--periodic-timerfd]
 
-Lines on TCP, answered by the parent: `check` → `ok <ops> <digest>` or `bad <what> <where> expected … found …`, from
-all members; it also demands that every kind of activity goes on, so a timer or a wake-up lost in a restore is
-found. `stats` → JSON; `pause`, `go` → `ok`. `--memory-mib` and `--ops-per-s` are taken so that all workloads start
-alike.
+Lines on TCP, answered by the parent: `check` → `ok <ops> <digest>` or `bad <what> <where> expected … found …`
+from all members; it also demands that every kind of activity goes on, so a timer or a wake-up lost in a
+restore is found. `stats` → JSON; `pause`, `go` → `ok`. `--memory-mib` and `--ops-per-s` are taken so that all
+workloads start alike.
 
-Each member has a main thread with timers and an epoll, and threads that send, receive, spawn, change memory and
-append to a file. Sharing: anonymous shared memory and a memfd with semaphores in them, private pages inherited
-over fork, pipes, unix stream and packet pairs, named unix sockets, queued real-time signals.
+Each member has a main thread with timers and an epoll, and threads that send, receive, spawn, change memory
+and append to a file. Sharing: anonymous shared memory and a memfd with semaphores in them, private pages
+inherited over fork, pipes, unix stream and packet pairs, named unix sockets, queued real-time signals.
 """
 
 from __future__ import annotations

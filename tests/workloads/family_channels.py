@@ -1,7 +1,7 @@
 """Messages between two processes through every kind of local channel, checked in order and byte by byte.
 
-The sender works in bursts and the receiver dawdles, so that at any moment, a checkpoint's too, messages wait in
-the kernel's queues.
+The sender works in bursts and the receiver dawdles, so that at any moment, a checkpoint's too, messages wait
+in the kernel's queues.
 """
 
 from __future__ import annotations

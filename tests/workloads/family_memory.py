@@ -112,7 +112,7 @@ def address_of_page(memory: mmap.mmap, offset: int) -> str:
 
 
 class CopyOnWrite:
-    """Private pages inherited over fork. A third of them nobody writes, so they stay shared; the rest part ways."""
+    """Private pages inherited over fork. A third is never written and stays shared; the rest part ways."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 ZOMBIE_SECONDS = 0.03
 PAUSE_SECONDS = 0.1
 PYTHON_EVERY = 8
+EXIT_STATUS_END = 128  # CRIU 4.2.1 restores a zombie with `status & 127`: 168 becomes 40
 
 
 def spawn_for_ever(cow: CopyOnWrite, rng: random.Random, record: Record) -> None:
@@ -52,7 +53,7 @@ def _python(turn: int, record: Record) -> None:
 
 
 def _fork(cow: CopyOnWrite, rng: random.Random, record: Record) -> None:
-    status = rng.randrange(2, 200)
+    status = rng.randrange(2, EXIT_STATUS_END)
     first = rng.randrange(COW_PAGES - 16)
     with cow.lock:  # the child gets a moment in which no page is half written
         child = os.fork()
@@ -66,7 +67,7 @@ def _fork(cow: CopyOnWrite, rng: random.Random, record: Record) -> None:
 
 
 def _check_inheritance(cow: CopyOnWrite, first: int, name: str, status: int) -> None:
-    """In the forked child, which leaves without running anything of the parent's: `status`, or 1 if damaged."""
+    """In the forked child, which runs nothing else of its parent's: exits with `status`, or 1 if damaged."""
     try:
         fresh = Record(name)  # the inherited one may be locked by a thread that does not exist here
         cow.check(fresh, range(first, first + 16))

@@ -1,4 +1,4 @@
-"""What the threads of one process found and did: faults that are never forgotten, counts that must advance."""
+"""What the threads of one process found and did: faults never forgotten, counts that must advance."""
 
 from __future__ import annotations
 

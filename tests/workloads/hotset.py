@@ -3,12 +3,13 @@
     python hotset.py --port P --seed S --memory-mib N [--hot-percent 5] [--rate-mib-s 20] [--saturate]
                      [--compressible-percent 50]
 
-Lines on TCP: `ping` → `pong`; `throughput` → JSON, what was rewritten in each of the last intervals; `check` →
-`ok <pages rewritten> <digest>` or `bad …`; `stats` → JSON; `pause`, `go` → `ok`.
+Lines on TCP: `ping` → `pong`; `throughput` → JSON, what was rewritten in each of the last intervals; `check`
+→ `ok <pages rewritten> <digest>` or `bad …`; `stats` → JSON; `pause`, `go` → `ok`.
 
 It shares a small machine with what it measures, so it is lean: one thread, no copy of the memory, contents
-derived from a pool that is made again when a check needs it. A part of the pages (--compressible-percent) holds
-records like those of a cache, the others random bytes; a stamp of page number and pass makes each page unique.
+derived from a pool that is made again when a check needs it. A part of the memory (--compressible-percent)
+holds records like those of a cache, the rest random bytes; a stamp of page number and pass makes each page
+unique.
 """
 
 from __future__ import annotations
@@ -220,10 +221,10 @@ class HotSet:
             want = expected[page * PAGE_BYTES : (page + 1) * PAGE_BYTES]
             found = self._memory[number * PAGE_BYTES : (number + 1) * PAGE_BYTES]
             if found != want:
-                expected_stamp, stamp = _STAMP.unpack_from(want), _STAMP.unpack_from(found)
-                name = "zeros" if not any(found) else f"page-{stamp[0]},pass-{stamp[1]}"
+                names = ["page-{},pass-{}".format(*_STAMP.unpack_from(content)) for content in (want, found)]
+                name = "zeros" if not any(found) else names[1]
                 where = f"page={number}/{self._layout.pages},address={self._address + number * PAGE_BYTES:#x}"
-                return f"bad page {where} expected page-{expected_stamp[0]},pass-{expected_stamp[1]} found {name}"
+                return f"bad page {where} expected {names[0]} found {name}"
         raise AssertionError("memcmp and the page comparison disagree")
 
 

@@ -180,11 +180,20 @@ class Capsule:
                 + "\n".join(errors)
             )
 
+    def leave_first_pids_free(self) -> None:
+        """After a restore new pids start low again, where the next capsule's criu would be in the way."""
+        enter = ["nsenter", "-t", str(self.keeper_pid), "-m", "-p", "--"]
+        subprocess.run(
+            [*enter, "sh", "-c", "echo 1000 > /proc/sys/kernel/ns_last_pid"],
+            check=True,
+            timeout=CRIU_SECONDS_MAX,
+        )
+
     def end(self) -> None:
+        if self._unshare.poll() is not None:
+            return  # its pids may be somebody else's by now
         with contextlib.suppress(ProcessLookupError):
-            os.kill(
-                self.keeper_pid, signal.SIGKILL
-            )  # the kernel ends all else in the namespace with its pid 1
+            os.kill(self.keeper_pid, signal.SIGKILL)  # all else in the namespace goes with its pid 1
         self._unshare.wait(10)
         assert self._unshare.stdout is not None
         self._unshare.stdout.close()
@@ -216,6 +225,7 @@ class Mover:
         target = Capsule()
         self._capsules.append(target)
         target.criu(images, "restore", "-d")
+        target.leave_first_pids_free()
         return Workload(workload.port, workload.log, target.pid_outside(self._pid))
 
     def end(self) -> None:
