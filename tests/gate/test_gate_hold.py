@@ -13,7 +13,7 @@ from whimbrel.controller.traffic.gate.route import RouteLimits
 from whimbrel.controller.traffic.provider import Drained, Released, TrafficError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Callable
 
     from tests.gate.conftest import Connect, LineClient, OpenRoute, StartBackend
 
@@ -165,9 +165,6 @@ async def test_closed_loop_and_pipelining_clients_lose_nothing_over_fifty_flips(
             await client.close()
             answered += 1
 
-    async def answers_beyond(seen: int) -> None:
-        await until(lambda: answered > seen)
-
     jitter = random.Random(seed)
     async with asyncio.TaskGroup() as clients:
         for number in range(6):
@@ -186,7 +183,7 @@ async def test_closed_loop_and_pipelining_clients_lose_nothing_over_fifty_flips(
             assert report.impact.failed == 0, (flip, report, seed)
             old.thaw()
             await asyncio.sleep(jitter.random() / 50)
-            await answers_beyond(seen)
+            await answers_beyond(lambda: answered, seen)
         stop.set()
     assert answered > 60
 
@@ -436,3 +433,79 @@ async def test_two_thousand_idle_clients_are_held_and_flipped(
     for client in clients:
         client.send("echo 3\n")
     assert {await client.line() for client in clients} == {"b 3"}
+
+
+async def test_holds_that_end_in_any_way_lose_nothing(
+    start_backend: StartBackend, open_route: OpenRoute, connect: Connect
+) -> None:
+    """Flips, roll backs and expired holds in a seeded order, often close upon one another."""
+    seed = 6
+    chance = random.Random(seed)
+    backends = {server.at: server for server in [await start_backend("a"), await start_backend("b")]}
+    route = open_route(next(iter(backends)))
+    stop = asyncio.Event()
+    answered = 0
+
+    async def ask(number: int) -> None:
+        nonlocal answered
+        client, turn = await connect(route.listen_port), 0
+        while not stop.is_set():
+            turn += 1
+            if turn % 7 == number % 7:
+                await client.close()
+                client = await connect(route.listen_port)
+            assert (await client.ask(f"echo {number}-{turn}")).split()[1:] == [f"{number}-{turn}"], seed
+            answered += 1
+
+    async with asyncio.TaskGroup() as clients:
+        for number in range(12):
+            clients.create_task(ask(number))
+        for _ in range(80):
+            way = chance.choice(["flip", "flip", "roll back", "expire", "flip and hold at once"])
+            hold_limit_ms = chance.choice([5.0, 20.0]) if way == "expire" else 60_000.0
+            old = backends[route.backend]
+            new = next(server for server in backends.values() if server is not old)
+            drained = await drain(route, drain_limit_ms=hold_limit_ms, hold_limit_ms=hold_limit_ms)
+            if way == "expire":
+                await until(lambda: not route.held)
+                continue
+            assert drained.in_flight == 0, (way, seed)
+            old.freeze()
+            if way == "roll back":
+                released = route.roll_back()
+                old.thaw()
+                assert (await release(released)).impact.failed == 0, (way, seed)
+                continue
+            await route.flip(new.at)
+            released = route.release()
+            if way == "flip":
+                assert (await release(released)).impact.failed == 0, (way, seed)
+            old.thaw()
+            if chance.random() < 0.5:
+                seen = answered
+                await answers_beyond(lambda: answered, seen)
+        stop.set()
+    assert answered > 80
+
+
+async def answers_beyond(count: Callable[[], int], seen: int) -> None:
+    await until(lambda: count() > seen)
+
+
+async def test_two_hundred_new_clients_during_a_hold_are_all_answered(
+    start_backend: StartBackend, open_route: OpenRoute, connect: Connect
+) -> None:
+    a, b = await start_backend("a"), await start_backend("b")
+    route = open_route(a.at)
+    assert (await drain(route)).in_flight == 0
+    a.freeze()
+    clients = [await connect(route.listen_port) for _ in range(200)]
+    for number, client in enumerate(clients):
+        client.send(f"echo {number}\n")
+    for leaver in clients[150:]:
+        await leaver.close()
+    await has_bytes(route, 200)
+    await route.flip(b.at)
+    report = await release(route.release())
+    assert (report.impact.failed, report.impact.held) == (0, 200)
+    assert [await client.line() for client in clients[:150]] == [f"b {number}" for number in range(150)]

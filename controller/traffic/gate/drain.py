@@ -34,7 +34,7 @@ class DrainLimits(msgspec.Struct, frozen=True, kw_only=True):
     bulk_bytes: int = 64 * 1024
     recheck_ms: float = 1.0
     """Acknowledgements cannot be awaited, only looked at."""
-    stalled_ms: float = 30.0
+    stalled_ms: float = 100.0
     """A client that takes nothing of its answer for so long is in flight; the others do not wait for it."""
 
 

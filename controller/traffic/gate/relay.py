@@ -63,7 +63,7 @@ class RelayOwner(Protocol):
         """Watched: backend bytes were read and are about to be sent to the client."""
 
     def client_took(self, relay: Relay) -> None:
-        """Watched: a slow client has taken all that was buffered for it."""
+        """Watched: a slow client has taken some of what is buffered for it."""
 
     def keeps_end(self, relay: Relay, *, clean: bool) -> bool:
         """Watched: the backend ended (`clean`: by FIN). True keeps that from the client."""
@@ -299,6 +299,8 @@ class Relay:
         except OSError:
             self.close(reset=True)
             return
+        if self.watched:
+            self._owner.client_took(self)
         if pending:
             return
         self._to_client = None
@@ -307,8 +309,6 @@ class Relay:
             self._pass_backend_end()
         elif self._backend is not None:
             self._loop.add_reader(self._backend.fileno(), self._backend_readable)
-        if self.watched:
-            self._owner.client_took(self)
 
     def _backend_end(self) -> None:
         assert self._backend is not None

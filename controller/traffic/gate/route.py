@@ -363,11 +363,13 @@ class Route:
             return
         if release.first_s is None:
             release.first_s = self._loop.time() - release.started
-        if relay.waiting_since is not None and not relay.client_bytes_waiting():
-            self._answered(relay)  # all it waited for was its connect
-        elif relay.waiting_since is not None:
+        if relay.waiting_since is None:
+            relay.watched = False
+        elif relay.client_bytes_waiting():
             release.awaited.add(relay)
             relay.watched = True
+        else:
+            self._answered(relay)  # all it waited for was its connect
         self._report_if_done()
 
     def _unreachable(self, relay: Relay) -> None:
