@@ -7,7 +7,6 @@ after each move, the clients' own clocks say how long they waited, and what is l
 from __future__ import annotations
 
 import asyncio
-import io
 import shutil
 import signal
 import tempfile
@@ -25,6 +24,7 @@ from rich.text import Text
 from whimbrel.controller.cli import panels
 from whimbrel.controller.demo.clients import OPERATION_TIMEOUT_S
 from whimbrel.controller.demo.cluster import Cluster, ClusterError
+from whimbrel.controller.demo.recording import Recording
 from whimbrel.controller.demo.resp import RespClient, RespError
 from whimbrel.controller.demo.topology import TopologyError
 from whimbrel.controller.demo.users import Users, UsersError
@@ -103,28 +103,27 @@ class DemoResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Stage:
-    """Where the demo is shown: the terminal, and a second console that keeps what an SVG shall show."""
+    """Where the demo is shown: the terminal, and the recording of it if one is wanted."""
 
     def __init__(self, record: bool) -> None:
         self.console = Console(highlight=False)
-        self._recorder = (
-            Console(record=True, width=SVG_WIDTH, file=io.StringIO(), highlight=False, force_terminal=True)
-            if record
-            else None
-        )
+        self.recording = Recording("whimbrel demo", SVG_WIDTH) if record else None
 
     def say(self, what: RenderableType) -> None:
+        """On the terminal and in the recording, to stay."""
         self.console.print(what)
         self.keep(what)
 
     def keep(self, what: RenderableType) -> None:
-        if self._recorder is not None:
-            self._recorder.print(what)
+        """In the recording only, to stay."""
+        if self.recording is not None:
+            self.recording.keep(what)
 
-    def save_svg(self, path: Path) -> None:
-        assert self._recorder is not None
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._recorder.save_svg(str(path), title="whimbrel demo")
+    def show(self, live: Live, what: RenderableType) -> None:
+        """Redrawn in place."""
+        live.update(what)
+        if self.recording is not None:
+            self.recording.show(what)
 
 
 async def run_demo(options: DemoOptions) -> ExitCode:
@@ -180,8 +179,8 @@ def _finish(
     if options.json_file is not None:
         options.json_file.parent.mkdir(parents=True, exist_ok=True)
         options.json_file.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
-    if options.svg_file is not None:
-        stage.save_svg(options.svg_file)
+    if options.svg_file is not None and stage.recording is not None:
+        stage.recording.save(options.svg_file)
     if options.logs_dir is not None:
         options.logs_dir.mkdir(parents=True, exist_ok=True)
         for log in run_dir.glob("*.log"):
@@ -260,7 +259,7 @@ async def _move(cluster: Cluster, users: Users, stage: Stage, options: DemoOptio
         def show(progress: MigrationProgress) -> None:
             nonlocal last
             last = progress
-            live.update(panels.migration(progress))
+            stage.show(live, panels.migration(progress))
 
         try:
             report = await cluster.migrate(
