@@ -1,0 +1,221 @@
+"""A capsule: one workload's own pid and mount namespace, cgroup and keeper, made and removed as a whole.
+
+CRIU runs inside it, so neither mounts nor the pid namespace are part of an image, and pids are the same on
+every host. Its folder is on tmpfs: `keeper.sock`, `files/` (bound to FILES_MOUNT inside, where the
+workload's log lies under the same path on every host) and `criu/` for images.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from whimbrel.agent.capsule.cgroup import Cgroup, find_cgroup2
+from whimbrel.agent.capsule.keeper import MESSAGE_BYTES_MAX
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from whimbrel.events.records import WorkloadSpec
+
+FILES_MOUNT: Final = Path("/var/lib/whimbrel/capsule")
+LOG_NAME: Final = "log"
+FIRST_PID: Final = 1000
+"""Workloads start here; lower pids are CRIU's own, which must not collide with what it restores."""
+_TMPFS_MAGIC: Final = 0x01021994
+
+
+class CapsuleError(Exception):
+    """The keeper refused, is gone, or did not answer in time."""
+
+
+class Capsule:
+    """Handle on a capsule; several processes may hold one. Blocking calls, each bounded."""
+
+    def __init__(self, root: Path, host: str, workload: str) -> None:
+        self.folder = root / "capsules" / workload
+        self.workload = workload
+        base = find_cgroup2() / f"whimbrel-{host}" / workload
+        self._base = Cgroup(base)
+        self.cgroup = Cgroup(base / "workload")
+        self._criu_run = root / "criu-run"
+        self.keeper_socket = self.folder / "keeper.sock"
+        self.files = self.folder / "files"
+        self.images = self.folder / "criu"
+
+    def exists(self) -> bool:
+        return self.folder.exists()
+
+    def create(self, timeout_s: float = 10.0) -> None:
+        """Makes folder, cgroup, namespaces and keeper. Raises CapsuleError; leaves nothing behind then."""
+        if self.exists():
+            raise CapsuleError(
+                f"expected no capsule {self.workload!r} on this host, found {self.folder}; "
+                "stop that workload first, or whimbrel doctor --clean"
+            )
+        self.files.mkdir(parents=True)
+        self.images.mkdir()
+        FILES_MOUNT.mkdir(parents=True, exist_ok=True)
+        self.cgroup.create()
+        binds = [f"{self.files}={FILES_MOUNT}"]
+        if not _is_tmpfs(Path("/run")):
+            # CRIU keeps its kernel feature cache in /run only if that is a tmpfs; without it every call
+            # probes the kernel anew (about 20 ms).
+            self._criu_run.mkdir(exist_ok=True)
+            binds.append(f"{self._criu_run}=/run")
+        command = ["unshare", "--mount", "--pid", "--fork", "--mount-proc", "--propagation", "private", "--"]
+        command += [sys.executable, "-S", "-m", "whimbrel.agent.capsule.keeper", str(self.keeper_socket), *binds]
+        log = (self.folder / "keeper.log").open("wb")
+        try:
+            subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env={"PYTHONPATH": _import_root(), "PATH": os.environ.get("PATH", os.defpath)},
+            )
+        finally:
+            log.close()
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                self.call("status")
+                return
+            except CapsuleError:
+                if time.monotonic() > deadline:
+                    problem = (self.folder / "keeper.log").read_text(errors="replace")[-500:]
+                    self.destroy()
+                    raise CapsuleError(
+                        f"keeper of {self.workload} did not answer within {timeout_s:g} s: {problem}"
+                    ) from None
+                time.sleep(0.005)
+
+    def start(self, spec: WorkloadSpec) -> int:
+        """Starts the workload; returns its pid inside. Raises CapsuleError."""
+        self.call("last_pid", set=FIRST_PID - 1)
+        environment = {
+            "PATH": os.environ.get("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"),
+            "HOME": "/root",
+            "LANG": "C.UTF-8",
+            **dict(spec.env),
+        }
+        reply = self.call(
+            "start",
+            argv=list(spec.argv),
+            env=environment,
+            cwd=spec.cwd,
+            log=str(FILES_MOUNT / LOG_NAME),
+            cgroup_procs=str(self.cgroup.procs),
+        )
+        return int(reply["pid"])
+
+    def keeper_pid(self) -> int:
+        """The keeper's pid as seen from here. Raises CapsuleError."""
+        with self._connect(5.0) as connection:
+            credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        # SO_PEERCRED translates the listener's pid into our pid namespace.
+        pid: int = struct.unpack("3i", credentials)[0]
+        return pid
+
+    def call(self, op: str, fds: Sequence[int] = (), timeout_s: float = 5.0, **fields: Any) -> dict[str, Any]:
+        reply, received = self.call_for_fds(op, fds, timeout_s, **fields)
+        for fd in received:
+            os.close(fd)
+        return reply
+
+    def call_for_fds(
+        self, op: str, fds: Sequence[int] = (), timeout_s: float = 5.0, **fields: Any
+    ) -> tuple[dict[str, Any], list[int]]:
+        """One request to the keeper; the caller owns the returned descriptors. Raises CapsuleError."""
+        try:
+            with self._connect(timeout_s) as connection:
+                message = json.dumps({"op": op, **fields}).encode()
+                socket.send_fds(connection, [message], list(fds)) if fds else connection.send(message)
+                data, ancillary, _, _ = connection.recvmsg(MESSAGE_BYTES_MAX, socket.CMSG_SPACE(4 * 64))
+        except OSError as error:
+            raise CapsuleError(f"keeper of {self.workload} ({op}): {error}") from error
+        received = array.array("i")
+        for _, kind, payload in ancillary:
+            if kind == socket.SCM_RIGHTS:
+                received.frombytes(payload[: len(payload) - len(payload) % received.itemsize])
+        reply: dict[str, Any] = json.loads(data or b'{"error": "keeper closed the connection"}')
+        if "error" in reply:
+            for fd in received:
+                os.close(fd)
+            raise CapsuleError(f"keeper of {self.workload} ({op}): {reply['error']}")
+        return reply, list(received)
+
+    def watch(self, timeout_s: float = 5.0) -> tuple[socket.socket, dict[str, Any]]:
+        """A connection on which the keeper says when the workload exits, and what it said at once."""
+        connection = self._connect(timeout_s)
+        try:
+            connection.send(b'{"op": "watch"}')
+            return connection, json.loads(connection.recv(MESSAGE_BYTES_MAX))
+        except (OSError, ValueError) as error:
+            connection.close()
+            raise CapsuleError(f"keeper of {self.workload} (watch): {error}") from error
+
+    def _connect(self, timeout_s: float) -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        try:
+            connection.settimeout(timeout_s)
+            connection.connect(str(self.keeper_socket))
+        except OSError as error:
+            connection.close()
+            raise CapsuleError(f"keeper of {self.workload}: {error}") from error
+        return connection
+
+    def destroy(self, timeout_s: float = 10.0) -> None:
+        """Kills everything inside, frozen or not, and removes every trace. Harmless when there is none."""
+        keeper = None
+        with contextlib.suppress(CapsuleError):
+            keeper = self.keeper_pid()
+        self.cgroup.kill(timeout_s)
+        if keeper:
+            pidfd = None
+            with contextlib.suppress(OSError):
+                pidfd = os.pidfd_open(keeper)
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            if pidfd is not None:
+                _wait_exit(pidfd, timeout_s)
+        self._base.remove()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _wait_exit(pidfd: int, timeout_s: float) -> None:
+    import select
+
+    try:
+        poller = select.poll()
+        poller.register(pidfd, select.POLLIN)
+        if not poller.poll(timeout_s * 1000):
+            raise CapsuleError(f"a killed keeper is still there after {timeout_s:g} s")
+    finally:
+        os.close(pidfd)
+
+
+def _is_tmpfs(path: Path) -> bool:
+    with open("/proc/self/mountinfo") as mounts:
+        return any(
+            line.split()[4] == str(path) and line.partition(" - ")[2].split()[0] == "tmpfs" for line in mounts
+        )
+
+
+def _import_root() -> str:
+    """Where `whimbrel` is imported from: the keeper runs with a bare environment."""
+    import whimbrel
+
+    paths = [str(Path(whimbrel.__file__).parent.parent)]
+    return os.pathsep.join(paths)

@@ -1,0 +1,281 @@
+"""Fills the memory of restored processes: the page a process waits for first, everything else behind it.
+
+One thread, one loop: all waiting faults are answered, then one small block of the background push is
+installed, and so on; a fault never waits for more than one block (about 0.1 ms). The rules of what is owed
+follow the process while it runs: what it unmaps or discards is owed no longer, what it moves is owed at its
+new place, and a forked child is owed what its parent was.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import select
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from whimbrel.agent.memory.pageset import PageSet
+from whimbrel.agent.memory.userfault import PAGE, EventKind, Userfault
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from whimbrel.agent.memory.store import PageStore
+
+PUSH_BYTES: Final = 256 * 1024
+AROUND_BYTES: Final = 64 * 1024
+"""A fault installs its whole aligned window: neighbours are wanted next, and a wake-up costs more."""
+
+
+class FillFailed(Exception):
+    """A page could not be installed; the process that needs it keeps waiting for it."""
+
+
+@dataclass
+class Debt:
+    """What one address space is still owed."""
+
+    space: int
+    """In-capsule pid of the process it was restored for (a forked child keeps its parent's)."""
+    userfault: Userfault
+    owed: PageSet
+    """Data pages not installed yet, by their address in the process now."""
+    moved: list[tuple[int, int, int]] = field(default_factory=list)
+    """(start, end, delta) of mremap: the store has the page at address - delta. Latest first."""
+    cursor: Iterator[tuple[int, int]] | None = None
+
+    def source_of(self, address: int) -> tuple[int, int]:
+        """(address in the store, end of the part of this process's memory that maps alike)."""
+        limit = 1 << 62
+        for start, end, delta in self.moved:
+            if start <= address < end:
+                return address - delta, min(end, limit)
+            if start > address:
+                limit = min(limit, start)
+        return address, limit
+
+
+class FaultServer:
+    """Serves any number of address spaces from one page store. Not thread-safe."""
+
+    def __init__(
+        self,
+        store: PageStore,
+        *,
+        on_fork: Callable[[Debt], None] = lambda _: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`on_fork` hears of the userfaultfd of every forked child before the child can run."""
+        self._store = store
+        self._on_fork = on_fork
+        self._clock = clock
+        self._watched: dict[int, Callable[[], None]] = {}
+        self._debts: dict[int, Debt] = {}
+        self._poller = select.poll()
+        self._buffer = mmap.mmap(-1, max(PUSH_BYTES, AROUND_BYTES))
+        self._buffer_view = memoryview(self._buffer)
+        self._buffer_address = ctypes.addressof(ctypes.c_char.from_buffer(self._buffer))
+        self.faults = 0
+        self.pushed_pages = 0
+        self.fault_seconds: list[float] = []
+
+    def add(self, space: int, userfault: Userfault, owed: PageSet) -> None:
+        """Takes over `userfault`. `owed` are data pages only: all else faults in as zeros."""
+        self._debts[userfault.fd] = Debt(space, userfault, owed.copy())
+        self._poller.register(userfault.fd, select.POLLIN)
+
+    def watch(self, fd: int, on_ready: Callable[[], None]) -> None:
+        """Another descriptor to wait for in the same loop."""
+        self._watched[fd] = on_ready
+        self._poller.register(fd, select.POLLIN)
+
+    def unwatch(self, fd: int) -> None:
+        if self._watched.pop(fd, None) is not None:
+            self._poller.unregister(fd)
+
+    @property
+    def owed_pages(self) -> int:
+        return sum(len(debt.owed) for debt in self._debts.values())
+
+    def serve_faults(self, timeout_s: float) -> bool:
+        """Answers everything that waits, waiting at most `timeout_s` for the first; True if there was any."""
+        ready = self._poller.poll(timeout_s * 1000)
+        began = self._clock()
+        for fd, mask in ready:
+            on_ready = self._watched.get(fd)
+            if on_ready is not None:
+                on_ready()
+                continue
+            debt = self._debts.get(fd)
+            if debt is None:
+                continue
+            if mask & (select.POLLERR | select.POLLHUP | select.POLLNVAL) and not mask & select.POLLIN:
+                self._forget(debt)
+                continue
+            self._answer(debt)
+            if len(self.fault_seconds) < 100_000:
+                self.fault_seconds.append(self._clock() - began)
+        return bool(ready)
+
+    def push_block(self) -> bool:
+        """Installs up to PUSH_BYTES of what is owed; False when nothing is owed any more."""
+        for debt in list(self._debts.values()):
+            if debt.cursor is None:
+                debt.cursor = iter(debt.owed.copy().runs())
+            run = next(debt.cursor, None)
+            if run is None:
+                # One pass over a copy: what was moved meanwhile is in another.
+                debt.cursor = iter(debt.owed.copy().runs()) if debt.owed else None
+                run = next(debt.cursor, None) if debt.cursor else None
+                if run is None:
+                    continue
+            start, end = run
+            if end - start > PUSH_BYTES:
+                debt.cursor = _chain((start + PUSH_BYTES, end), debt.cursor)
+                end = start + PUSH_BYTES
+            for first, last in debt.owed.intersection(PageSet.from_runs([(start, end)])).runs():
+                if not self._install(debt, first, last):
+                    # An event is waiting: it must be read before anything can be installed.
+                    debt.cursor = _chain((first, end), debt.cursor)
+                    return True
+            return True
+        return False
+
+    def finish(self) -> None:
+        """Every page is there: closing the userfaultfds turns these mappings into ordinary memory."""
+        if self.owed_pages:
+            raise FillFailed(f"expected nothing owed, found {self.owed_pages} pages; not releasing")
+        for debt in list(self._debts.values()):
+            self._forget(debt)
+
+    def _forget(self, debt: Debt) -> None:
+        self._poller.unregister(debt.userfault.fd)
+        del self._debts[debt.userfault.fd]
+        debt.userfault.close()
+
+    def _answer(self, debt: Debt) -> None:
+        for event in debt.userfault.events():
+            match event.kind:
+                case EventKind.PAGEFAULT:
+                    self.faults += 1
+                    self._fault(debt, event.second & ~(PAGE - 1))
+                case EventKind.FORK:
+                    self._follow_fork(debt, event.first & 0xFFFFFFFF)
+                case EventKind.REMAP:
+                    _follow_remap(debt, event.first, event.second, event.third)
+                case EventKind.REMOVE | EventKind.UNMAP:
+                    debt.owed.discard(event.first, event.second)
+                case unknown:
+                    raise FillFailed(f"userfaultfd of space {debt.space} said {unknown:#x}")
+
+    def _fault(self, debt: Debt, address: int) -> None:
+        if address not in debt.owed:
+            self._install_zero(debt, address)
+            return
+        window = address & ~(AROUND_BYTES - 1)
+        around = debt.owed.intersection(PageSet.from_runs([(window, window + AROUND_BYTES)]))
+        runs = sorted(around.runs(), key=lambda run: not run[0] <= address < run[1])
+        for start, end in runs:
+            if not self._install(debt, start, end):
+                break
+        if address in debt.owed:
+            # An event came between; the fault is not lost: waking makes the process fault again.
+            debt.userfault.wake(address, PAGE)
+
+    def _install(self, debt: Debt, start: int, end: int) -> bool:
+        """Copies owed pages in; False when an event must be read first."""
+        while start < end:
+            source, limit = debt.source_of(start)
+            size = min(end, limit, start + len(self._buffer)) - start
+            self._store.read_into(debt.space, source, self._buffer_view[:size])
+            done = 0
+            while done < size:
+                at = start + done
+                try:
+                    count = debt.userfault.copy(at, self._buffer_address + done, size - done)
+                except FileExistsError:
+                    # It is there already (an earlier server installed it): only somebody may still wait.
+                    debt.userfault.wake(at, PAGE)
+                    count = PAGE
+                except BlockingIOError:
+                    return False
+                except OSError as error:
+                    if error.errno in (errno.ESRCH, errno.ENOENT):
+                        if error.errno == errno.ESRCH:
+                            debt.owed.clear()  # the process is gone, and its debt with it
+                            return True
+                        if size - done > PAGE:
+                            count = self._install_single(debt, at)
+                            if count == 0:
+                                return False
+                        else:
+                            count = PAGE  # unmapped: the event that says so is on its way
+                    else:
+                        raise FillFailed(
+                            f"space {debt.space}: installing {at:#x}-{start + size:#x}: {error}"
+                        ) from error
+                debt.owed.discard(at, at + count)
+                self.pushed_pages += count // PAGE
+                done += count
+            start += size
+        return True
+
+    def _install_single(self, debt: Debt, address: int) -> int:
+        """One page, where a larger block failed as a whole; 0 when an event must be read first."""
+        source, _ = debt.source_of(address)
+        page = mmap.mmap(-1, PAGE)
+        try:
+            self._store.read_into(debt.space, source, memoryview(page))
+            return debt.userfault.copy(address, ctypes.addressof(ctypes.c_char.from_buffer(page)), PAGE)
+        except BlockingIOError:
+            return 0
+        except FileExistsError:
+            return PAGE
+        except OSError as error:
+            if error.errno in (errno.ESRCH, errno.ENOENT):
+                return PAGE
+            raise FillFailed(f"space {debt.space}: installing {address:#x}: {error}") from error
+
+    def _install_zero(self, debt: Debt, address: int) -> None:
+        try:
+            debt.userfault.zero(address, PAGE)
+        except FileExistsError:
+            debt.userfault.wake(address, PAGE)
+        except BlockingIOError:
+            debt.userfault.wake(address, PAGE)
+        except OSError as error:
+            if error.errno not in (errno.ESRCH, errno.ENOENT):
+                raise FillFailed(f"space {debt.space}: zero page at {address:#x}: {error}") from error
+
+    def _follow_fork(self, parent: Debt, child_fd: int) -> None:
+        child = Debt(parent.space, Userfault(child_fd), parent.owed.copy(), list(parent.moved))
+        self._debts[child_fd] = child
+        self._poller.register(child_fd, select.POLLIN)
+        self._on_fork(child)
+
+
+def _follow_remap(debt: Debt, start: int, target: int, length: int) -> None:
+    delta = target - start
+    source = PageSet.from_runs([(start, start + length)])
+    moving = debt.owed.intersection(source)
+    # Where the moved range itself was moved before, its parts keep their own way back to the store.
+    segments: list[tuple[int, int, int]] = []
+    at = start
+    while at < start + length:
+        origin, limit = debt.source_of(at)
+        end = min(limit, start + length)
+        segments.append((at + delta, end + delta, at + delta - origin))
+        at = end
+    debt.owed.discard(start, start + length)
+    debt.owed.discard(target, target + length)
+    for first, last in moving.runs():
+        debt.owed.add(first + delta, last + delta)
+    debt.moved[:0] = segments
+    debt.cursor = None
+
+
+def _chain(run: tuple[int, int], rest: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    yield run
+    yield from rest

@@ -1,0 +1,372 @@
+"""The source's side of a move: pre-copy rounds from a running workload, then the frozen section.
+
+The frozen section is one straight line on purpose, every millisecond of it is downtime:
+
+1. freeze the cgroup (the fence: nothing but a thaw by the agent ends it),
+2. send pages that CRIU's parasite may disturb or that a restore needs first (executable, file-backed),
+3. let CRIU dump everything but memory, its view of the page tables covered, so that this costs the same at
+   16 MiB and at 16 GiB; beside it scan and send what was written since the last round,
+4. send the images, then the lists of what must be there; wait until the target has applied all of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from whimbrel.agent import syscalls
+from whimbrel.agent.capsule.capsule import LOG_NAME, Capsule
+from whimbrel.agent.criu.rpc import CriuFailed, CriuWorker
+from whimbrel.agent.memory.pageset import PageSet
+from whimbrel.agent.memory.reader import ProcessReader
+from whimbrel.agent.memory.store import digest_runs
+from whimbrel.agent.memory.tracker import DirtyTracker
+from whimbrel.agent.memory.userfault import PAGE
+from whimbrel.agent.mover import handover
+from whimbrel.agent.mover.channel import (
+    Channel,
+    DoFreeze,
+    Dumped,
+    Frozen,
+    OpenSource,
+    RoundDone,
+    Sampled,
+    SourceOpened,
+    Streamed,
+)
+from whimbrel.agent.stream.errors import MemoryGone
+from whimbrel.agent.stream.identity import Identity
+from whimbrel.agent.stream.sender import StreamSender
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from whimbrel.agent.memory.maps import Mapping
+
+_SAMPLE_EVERY_S: Final = 0.2
+_FLUSH_TIMEOUT_S: Final = 120.0
+_FREEZE_TIMEOUT_S: Final = 5.0
+_LOG_CARRIED_BYTES_MAX: Final = 8 << 20
+
+
+class CheckpointFailed(Exception):
+    """The final checkpoint did not come about; nothing was promised to anyone yet."""
+
+
+@dataclass
+class FilePages:
+    """Copies of the copy-on-write pages of private file mappings as last sent: nothing else can tell
+    whether one of them changed. A few hundred pages for a C program, some thousands for CPython."""
+
+    sent: dict[int, dict[int, bytes]] = field(default_factory=dict)
+
+    def changed(self, space: int, pages: PageSet, reader: ProcessReader) -> PageSet:
+        """The part of `pages` whose content differs from what was last sent."""
+        old = self.sent.get(space, {})
+        new: dict[int, bytes] = {}
+        changed = PageSet()
+        buffer = memoryview(bytearray(1 << 20))
+        for start, end in _pieces(pages.runs(), len(buffer)):
+            view = buffer[: end - start]
+            try:
+                reader.read(space, [(start, end)], view)
+            except MemoryGone:
+                continue
+            for at in range(start, end, PAGE):
+                content = bytes(view[at - start : at - start + PAGE])
+                if old.get(at) != content:
+                    changed.add(at, at + PAGE)
+                new[at] = content
+        self.sent[space] = new
+        return changed
+
+
+class SourceMover:
+    """One migration of one workload, seen from its source. One thread calls it."""
+
+    def __init__(self, order: OpenSource, channel: Channel) -> None:
+        self._order = order
+        self._channel = channel
+        self._capsule = Capsule(Path(order.root), order.host, order.workload)
+        self._tracker = DirtyTracker(str(self._capsule.cgroup.procs))
+        self._reader = ProcessReader()
+        self._file_pages = FilePages()
+        self._sender = StreamSender(
+            order.peer,
+            Identity.load(order.host, Path(order.identity_folder)),
+            order.migration,
+            max_bytes_per_s=order.max_bytes_per_s,
+        )
+        self._criu: CriuWorker | None = None
+        self._round = 0
+        self._last_sample = 0.0
+        self._last_scan = 0.0
+
+    def close(self) -> None:
+        self._tracker.close()
+        self._reader.close()
+        self._sender.close()
+        if self._criu is not None:
+            self._criu.close()
+            self._criu = None
+
+    def open(self) -> SourceOpened:
+        self._sender.open()
+        self._prepare_criu()
+        pids = self._capsule.cgroup.pids()
+        return SourceOpened(
+            memory_bytes=sum(_anonymous_bytes(pid) for pid in pids),
+            processes=len(pids),
+            link_bytes_per_s=self._sender.stats().link_bytes_per_s,
+        )
+
+    def _prepare_criu(self) -> None:
+        # Started ahead of time, so that loading it is not part of the downtime.
+        if self._criu is None:
+            self._criu = CriuWorker(self._capsule.keeper_pid())
+
+    def round(self, number: int) -> RoundDone:
+        """Sends what was written since the last round; returns when the target has applied it."""
+        self._round = number
+        began = time.monotonic()
+        before = self._sender.stats()
+        self._reader.close()
+        self._last_scan = time.monotonic()
+        written = self._tracker.collect()
+        self._follow_pids()
+        for space, pages in self._tracker.file_private_pages().items():
+            written.setdefault(space, PageSet()).update(self._file_pages.changed(space, pages, self._reader))
+        for space, pages in written.items():
+            self._sender.send_pages(space, pages.runs(), self._read_and_sample)
+        self._sender.flush(_FLUSH_TIMEOUT_S)
+        ended = time.monotonic()
+        after = self._sender.stats()
+        dirty = self._tracker.count_written()
+        seconds = max(ended - began, 1e-6)
+        total = sum(len(pages) for pages in written.values())
+        return RoundDone(
+            round=number,
+            pages=total,
+            zero_pages=after.zero_pages - before.zero_pages,
+            sent_bytes=after.sent_bytes - before.sent_bytes,
+            duration_ms=seconds * 1e3,
+            dirty_pages=dirty,
+            dirty_bytes_per_s=dirty * PAGE / seconds,
+            link_bytes_per_s=total * PAGE / seconds,
+            memory_bytes=after.memory_bytes,
+        )
+
+    def _follow_pids(self) -> None:
+        self._reader.pids = {number: space.pid for number, space in self._tracker.spaces.items()}
+
+    def _read_and_sample(self, space: int, runs: list[tuple[int, int]], buffer: memoryview) -> int:
+        now = time.monotonic()
+        if now - self._last_sample >= _SAMPLE_EVERY_S:
+            self._last_sample = now
+            self._sample(now)
+        return self._reader.read(space, runs, buffer)
+
+    def _sample(self, now: float) -> None:
+        stats = self._sender.stats()
+        dirty = self._tracker.count_written()
+        self._channel.send(
+            Sampled(
+                round=self._round,
+                resident_pages=0,
+                dirty_pages=dirty,
+                dirty_bytes_per_s=dirty * PAGE / max(now - self._last_scan, 1e-3),
+                sent_bytes=stats.sent_bytes,
+                sent_bytes_per_s=stats.link_bytes_per_s,
+            )
+        )
+
+    # --- the frozen section ---------------------------------------------------------------------------
+
+    def freeze(self, order: DoFreeze) -> Streamed:
+        """From the running workload to a complete checkpoint at the target.
+
+        Sends Frozen and Dumped on the way. Raises CheckpointFailed, CriuFailed, StreamError, CgroupError:
+        the cgroup may then be frozen still; thawing it is the agent's business, by the register."""
+        self._prepare_criu()
+        status = self._capsule.call("status")
+        if status["root"] is None or status["exit_code"] is not None:
+            raise CheckpointFailed(
+                f"expected {self._order.workload} running, found exit code {status['exit_code']}"
+            )
+        began = time.monotonic()
+        self._capsule.cgroup.freeze(_FREEZE_TIMEOUT_S)
+        tracker = self._tracker
+        tracker.prepare_frozen()
+        self._reader.close()
+        self._follow_pids()
+        # CRIU runs a parasite in the workload and pokes into executable pages for it: read those before.
+        locked = any(_has_locked_memory(space.pid) for space in tracker.spaces.values())
+        early = tracker.frozen_pages(lambda mapping: locked or _early(mapping))
+        for space, pages in early.items():
+            files = _file_part(tracker.spaces[space].mappings, pages.resident)
+            tracked = pages.written.difference(files)
+            tracked.update(self._file_pages.changed(space, files, self._reader))
+            self._sender.send_pages(space, tracked.runs(), self._reader.read)
+        frozen_at = time.monotonic()
+
+        dump = _Dump(self, status["root"], order.timeout_s)
+        dump.start()
+        late = tracker.frozen_pages(lambda mapping: not locked and not _early(mapping))
+        self._channel.send(
+            Frozen(
+                freeze_ms=(frozen_at - began) * 1e3,
+                dirty_pages=sum(len(pages.written) for pages in late.values()),
+            )
+        )
+        try:
+            for space, pages in late.items():
+                self._sender.send_pages(space, pages.written.runs(), self._reader.read)
+        finally:
+            dump.join()
+        dumped_at = time.monotonic()
+        if not self._capsule.cgroup.is_frozen():
+            raise CheckpointFailed("expected the workload's cgroup frozen after the dump, found it running")
+        self._channel.send(Dumped(dump_ms=(dumped_at - frozen_at) * 1e3))
+        image_bytes = self._send_images()
+        resident = {
+            space: _union(early[space].resident, late[space].resident) for space in tracker.spaces
+        }
+        final = handover.Final(
+            lazy=order.lazy,
+            pages={space: pages.pack() for space, pages in resident.items()},
+            last_pid=int(self._capsule.call("last_pid")["was"]),
+            root_pid=int(status["root"]),
+            verify=self._order.verify,
+        )
+        self._sender.send_file(handover.FINAL, msgspec.msgpack.encode(final))
+        if self._order.verify:
+            self._send_digests(resident)
+        self._sender.send_message(handover.COMPLETE)
+        self._sender.flush(order.timeout_s)
+        return Streamed(
+            stream_ms=(time.monotonic() - dumped_at) * 1e3,
+            image_bytes=image_bytes,
+            sent_bytes=self._sender.stats().sent_bytes,
+        )
+
+    def run_criu(self, root_pid: int, timeout_s: float) -> None:
+        """CRIU's dump with the workload's page tables covered: CRIU finds no page to dump but the vDSO."""
+        assert self._criu is not None
+        criu, self._criu = self._criu, None
+        covers = [f"/proc/{space}/pagemap" for space in self._tracker.spaces]
+        trees: list[int] = []
+        images = self._capsule.images
+        for old in images.iterdir():
+            old.unlink()
+        try:
+            # Any process with an address space unlike the workload's will do: it shows nothing of it.
+            trees = [syscalls.open_tree_clone(f"/proc/{criu.pid}/pagemap") for _ in covers]
+            self._capsule.call("hide", trees, paths=covers)
+            criu.dump(
+                root_pid=root_pid,
+                images=images,
+                freeze_cgroup=self._capsule.cgroup.path,
+                timeout_s=timeout_s,
+            )
+        finally:
+            for tree in trees:
+                os.close(tree)
+            self._capsule.call("uncover", paths=covers)
+            criu.close()
+
+    def _send_images(self) -> int:
+        total = 0
+        for path in sorted(self._capsule.images.iterdir()):
+            if path.suffix == ".img":
+                data = path.read_bytes()
+                total += len(data)
+                self._sender.send_file(path.name, data)
+        log = self._capsule.files / LOG_NAME
+        size = log.stat().st_size if log.exists() else 0
+        with contextlib.suppress(FileNotFoundError), log.open("rb") as file:
+            # CRIU insists on the size that the open file had; a long log keeps its size, not its beginning.
+            kept = min(size, _LOG_CARRIED_BYTES_MAX)
+            file.seek(size - kept)
+            self._sender.send_file(handover.LOG, file.read(kept))
+        self._sender.send_file(handover.LOG_SIZE, str(size).encode())
+        return total
+
+    def _send_digests(self, resident: dict[int, PageSet]) -> None:
+        for space, pages in resident.items():
+
+            def read(address: int, view: memoryview, space: int = space) -> None:
+                self._reader.read(space, [(address, address + len(view))], view)
+
+            digests = b"".join(part for _, part in digest_runs(pages.runs(), read))
+            self._sender.send_file(f"{handover.DIGESTS}{space}", digests)
+
+
+class _Dump(threading.Thread):
+    """CRIU beside the page stream; `join` raises what went wrong."""
+
+    def __init__(self, mover: SourceMover, root_pid: int, timeout_s: float) -> None:
+        super().__init__(name="criu-dump", daemon=True)
+        self._mover = mover
+        self._root_pid = root_pid
+        self._timeout_s = timeout_s
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._mover.run_criu(self._root_pid, self._timeout_s)
+        except BaseException as error:
+            self._error = error
+
+    def join(self, timeout: float | None = None) -> None:
+        super().join(timeout if timeout is not None else self._timeout_s + 10)
+        if self.is_alive():
+            raise CriuFailed(f"criu dump did not end within {self._timeout_s + 10:g} s")
+        if self._error is not None:
+            raise self._error
+
+
+def _early(mapping: Mapping) -> bool:
+    return not mapping.anonymous or "x" in mapping.permissions
+
+
+def _file_part(mappings: list[Mapping], pages: PageSet) -> PageSet:
+    files = PageSet.from_runs((m.start, m.end) for m in mappings if m.private and not m.anonymous)
+    return pages.intersection(files)
+
+
+def _union(first: PageSet, second: PageSet) -> PageSet:
+    both = first.copy()
+    both.update(second)
+    return both
+
+
+def _pieces(runs: Iterable[tuple[int, int]], size: int) -> Iterable[tuple[int, int]]:
+    for start, end in runs:
+        for at in range(start, end, size):
+            yield at, min(end, at + size)
+
+
+def _status_kib(pid: int, key: str) -> int:
+    try:
+        with open(f"/proc/{pid}/status") as status:
+            for line in status:
+                if line.startswith(key):
+                    return int(line.split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+    return 0
+
+
+def _anonymous_bytes(pid: int) -> int:
+    return _status_kib(pid, "RssAnon:") * 1024
+
+
+def _has_locked_memory(pid: int) -> bool:
+    return _status_kib(pid, "VmLck:") > 0

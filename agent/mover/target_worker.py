@@ -1,0 +1,35 @@
+"""The target's worker process: `python -m whimbrel.agent.mover.target_worker FD`."""
+
+from __future__ import annotations
+
+import sys
+
+from whimbrel.agent.mover.channel import Channel, Failed, OpenTarget, Verdict
+from whimbrel.agent.mover.target import TargetMover
+
+
+def main() -> None:
+    channel = Channel(int(sys.argv[1]))
+    order = channel.receive()
+    if not isinstance(order, OpenTarget):
+        return
+    mover = TargetMover(order, channel)
+    try:
+        channel.send(mover.open())
+        while (order := channel.receive()) is not None:
+            if not isinstance(order, Verdict):
+                raise TypeError(f"expected a verdict, found {type(order).__name__}")
+            mover.decide(order)
+    except Exception as error:
+        channel.send(
+            Failed(
+                step="open-target", reason=f"{type(error).__name__}: {error}", remedy="see the agent's log"
+            )
+        )
+        raise
+    finally:
+        mover.close()
+
+
+if __name__ == "__main__":
+    main()
