@@ -6,6 +6,7 @@ only heard, records are kept (KV). One connection carries all of it and never gi
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
@@ -96,8 +97,8 @@ class Bus:
         storage: str = "file",
         on_change: Callable[[bool], None] | None = None,
     ) -> Self:
-        """`url`: one or more `nats://[user:password@]host:port`, comma-separated. `name`: of this client, part
-        of its inbox prefix `_INBOX.<name>`, which its permissions must let it subscribe to.
+        """`url`: one or more `nats://[user:password@]host:port`, comma-separated. `name`: of this client,
+        part of its inbox prefix `_INBOX.<name>`, which its permissions must let it subscribe to.
 
         `user_credentials`, `nkey_seed`: paths of a NATS .creds file or an nkey seed file. `create_streams`:
         create what is missing. `replicas`, `storage`: of what is created. `on_change(connected)` is told of
@@ -126,13 +127,11 @@ class Bus:
         await self.close()
 
     async def close(self, *, drain_timeout_s: float = 2.0) -> None:
-        """Stops answering, publishes what publish_soon() was given, and leaves. Takes a few seconds at most."""
+        """Stops answering, publishes what publish_soon() was given, and leaves, within a few seconds."""
         for served in self._responders:
             await served.close()
-        try:
+        with contextlib.suppress(Unreachable):  # stop() says what was lost
             await self._outbox.drained(drain_timeout_s if self.connected else 0.001)
-        except Unreachable:
-            pass  # stop() says what was lost
         await self._outbox.stop()
         await self._connection.close()
 
@@ -163,16 +162,17 @@ class Bus:
     # --- events ---------------------------------------------------------------------------------------
 
     async def publish(self, event: AnyEvent) -> None:
-        """Stored when this returns, once, however often it had to be tried; after everything that was given to
-        publish_soon() before it.
+        """Stored when this returns, once, however often it had to be tried; after everything that was given
+        to publish_soon() before it.
 
-        Raises Unreachable after `publish_timeout_s` (it may still be stored), Denied, Malformed, StoreRefused.
+        Raises Unreachable after `publish_timeout_s` (it may still be stored), Denied, Malformed,
+        StoreRefused.
         """
         await self._outbox.drained(self._publish_timeout_s)
         await self._publish_now(event)
 
     def publish_soon(self, event: AnyEvent) -> None:
-        """Returns at once; published in the order of these calls, for as long as it takes. Raises OutboxFull."""
+        """Returns at once; published in the order of these calls, sooner or later. Raises OutboxFull."""
         self._outbox.put(event)
 
     async def drain_outbox(self, timeout_s: float) -> None:
@@ -196,8 +196,8 @@ class Bus:
     def subscribe(
         self, pattern: str = ">", *, host: str = "*", durable: str | None = None, since: float | None = None
     ) -> Subscription[Any]:
-        """Stored events whose type matches `pattern` (`migration.*`, `>`), each once and in order, through any
-        outage. From Unix time `since` (s), else from now on.
+        """Stored events whose type matches `pattern` (`migration.*`, `>`), each once and in order, through
+        any outage. From Unix time `since` (s), else from now on.
 
         With `durable`, a name under which the server remembers what was acknowledged: yields Delivery, at
         least once, from the beginning of the stream (or `since`) the first time.
@@ -239,8 +239,8 @@ class Bus:
     async def serve_commands(
         self, host: str, handler: Callable[[AnyCommand], Awaitable[AnyReply]]
     ) -> responder.Responder[AnyCommand, AnyReply]:
-        """Runs `handler` for each command to `host`, several at once, once per id. What is malformed, oversized
-        or expired, and what the handler raises, is answered by Refused. `await (…).close()` ends it."""
+        """Runs `handler` for each command to `host`, several at once, once per id. What is malformed,
+        oversized or expired, and what the handler raises, is answered by Refused. Call close() to end it."""
         return self._serving(
             await responder.serve_commands(self._connection, _checked("host", host), handler)
         )

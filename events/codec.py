@@ -50,8 +50,8 @@ class Codec(Generic[T]):
         """Raises Malformed."""
         if len(payload) > MESSAGE_BYTES_MAX:
             raise Malformed(
-                f"a {self._kind} was expected to take at most {MESSAGE_BYTES_MAX} bytes, found {len(payload)}: "
-                "send less at once"
+                f"a {self._kind} was expected to take at most {MESSAGE_BYTES_MAX} bytes, "
+                f"found {len(payload)}: send less at once"
             )
         try:
             return self._decoder.decode(payload)

@@ -12,18 +12,21 @@ import asyncio
 import logging
 import random
 import re
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import nats.errors
 from nats.aio.client import Client, Server
-from nats.aio.msg import Msg
-from nats.aio.subscription import Subscription
 
 from whimbrel.events.errors import Denied, Malformed, StoreRefused, Unreachable
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from pathlib import Path
+
+    from nats.aio.msg import Msg
+    from nats.aio.subscription import Subscription
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +34,7 @@ _DENIED = re.compile(
     r'permissions violation for (publish|subscription)(?: with reply of "[^"]*")? to "([^"]+)"', re.I
 )
 _NOT_A_TOKEN = re.compile(r"[^A-Za-z0-9_-]")
-_ATTEMPT_S = 2.0
+_ATTEMPT_S = 1.0
 _PAUSE_S_MIN, _PAUSE_S_MAX = 0.02, 1.0
 _DENIED_SUBJECTS_MAX = 256
 
@@ -67,7 +70,7 @@ _ack_decoder = msgspec.json.Decoder(Ack)
 
 
 class _LastingClient(Client):
-    """nats-py closes for good on most `-ERR` lines (maximum payload, slow consumer, …); this one reconnects."""
+    """nats-py closes for good on most `-ERR` lines (maximum payload, slow consumer); this one reconnects."""
 
     async def _process_err(self, err_msg: str) -> None:
         if "permissions violation" in err_msg.lower():
@@ -130,9 +133,12 @@ class Connection:
         except (TimeoutError, nats.errors.Error, OSError, ValueError) as error:
             await self.close()
             raise Unreachable(
-                f"no NATS server took us at {_without_secrets(url)} within {timeout_s:g} s ({self._last_error}): "
-                "is it running, and are the credentials right?"
+                f"no NATS server took us at {_without_secrets(url)} within {timeout_s:g} s "
+                f"({self._last_error}): is it running, and are the credentials right?"
             ) from error
+        except Denied:
+            await self.close()
+            raise
         self._up.set()
         self.max_payload = self._client.max_payload
 
@@ -141,6 +147,7 @@ class Connection:
         self._closing = True
         self._up.clear()
         self._fail_asks(Unreachable("the bus was closed while waiting for an answer"))
+        self._wake()
         try:
             async with asyncio.timeout(5):
                 if self._client.is_connected:
@@ -174,7 +181,7 @@ class Connection:
             raise Unreachable(f"not connected to NATS ({self._last_error}); still trying") from None
 
     def when_back(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Calls `callback` after every reconnect, until the returned function is called."""
+        """Calls `callback` after every reconnect and at the end, until the returned function is called."""
         self._returned.add(callback)
         return lambda: self._returned.discard(callback)
 
@@ -218,7 +225,7 @@ class Connection:
         *,
         timeout_s: float,
         headers: dict[str, str] | None = None,
-        attempt_s: float = _ATTEMPT_S,
+        attempt_s: float | None = None,
     ) -> Msg:
         """Repeats the same bytes with jittered pauses; only for what the receiver recognises as the same.
 
@@ -231,13 +238,15 @@ class Connection:
             try:
                 await self.wait_connected(deadline - loop.time())
                 left_s = deadline - loop.time()
-                return await self.ask(subject, payload, timeout_s=min(left_s, attempt_s), headers=headers)
+                return await self.ask(
+                    subject, payload, timeout_s=min(left_s, attempt_s or _ATTEMPT_S), headers=headers
+                )
             except Denied:
                 raise
             except Unreachable as error:
                 left_s = deadline - loop.time()
                 if left_s <= 0 or self._closing:
-                    raise Unreachable(f"no answer on {subject} within {timeout_s:g} s: {error}") from error
+                    raise Unreachable(f"no answer on {subject} within {timeout_s:.3g} s: {error}") from error
             await asyncio.sleep(min(left_s, pause_s * random.uniform(0.5, 1.5)))
             pause_s = min(pause_s * 2, _PAUSE_S_MAX)
 
@@ -266,7 +275,9 @@ class Connection:
             if ack.error.code < 500:
                 raise refusal
             if loop.time() + pause_s >= deadline:
-                raise Unreachable(f"JetStream could not store {subject} within {timeout_s:g} s") from refusal
+                raise Unreachable(
+                    f"JetStream could not store {subject} within {timeout_s:.3g} s"
+                ) from refusal
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.5))
             pause_s = min(pause_s * 2, _PAUSE_S_MAX)
 
@@ -288,7 +299,9 @@ class Connection:
         try:
             subscription = await self._client.subscribe(subject, queue=queue, cb=guarded)
             if self._client.is_connected:
-                # A refusal comes back before the pong does.
+                # A refusal comes back before the pong does. Twice, because nats-py writes a ping at once and
+                # the subscription a moment later.
+                await self._client.flush(timeout=5)
                 await self._client.flush(timeout=5)
         except (nats.errors.Error, ValueError) as error:
             raise Unreachable(f"could not subscribe to {subject}: {error}") from error
@@ -346,17 +359,20 @@ class Connection:
     async def _came_back(self) -> None:
         self.counts.reconnects += 1
         self._up.set()
-        for callback in tuple(self._returned):
-            try:
-                callback()
-            except Exception:
-                log.exception("after a reconnect")
+        self._wake()
         self._tell(True)
 
     async def _was_closed(self) -> None:
         self._up.clear()
         if not self._closing:
             log.error("NATS client %s was closed from below: %s", self.name, self._last_error)
+
+    def _wake(self) -> None:
+        for callback in tuple(self._returned):
+            try:
+                callback()
+            except Exception:
+                log.exception("after a reconnect")
 
     def _tell(self, connected: bool) -> None:
         if self._closing:

@@ -81,7 +81,7 @@ class _Stored:
 
 
 class Table(Generic[R]):
-    """One bucket. Keys: letters, digits, `-_/=` and inner dots. Values: any type msgspec knows; bytes as is."""
+    """One bucket. Keys: letters, digits, `-_/=`, inner dots. Values: any type msgspec knows; bytes as is."""
 
     def __init__(
         self, connection: Connection, name: str, record: type[R], *, write_timeout_s: float = WRITE_TIMEOUT_S
@@ -285,8 +285,8 @@ class Table(Generic[R]):
         data = value if isinstance(value, bytes) else msgspec.json.encode(value)
         if len(data) > _RECORD_BYTES_MAX:
             raise Malformed(
-                f"{self.name}/{key} was expected to take at most {_RECORD_BYTES_MAX} bytes, takes {len(data)}: "
-                "keep the bulk elsewhere"
+                f"{self.name}/{key} was expected to take at most {_RECORD_BYTES_MAX} bytes, "
+                f"takes {len(data)}: keep the bulk elsewhere"
             )
         return data
 
@@ -297,8 +297,8 @@ class Table(Generic[R]):
             return self._decoder.decode(data)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise Malformed(
-                f"{self.name}/{key} was expected to hold a {self._record.__name__}, found {data[:120]!r}: {error}; "
-                "was it written by another version?"
+                f"{self.name}/{key} was expected to hold a {self._record.__name__}, "
+                f"found {data[:120]!r}: {error}; was it written by another version?"
             ) from error
 
     def _entry(self, key: str, stored: _Stored) -> Entry[R] | None:

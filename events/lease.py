@@ -1,7 +1,7 @@
 """A lease: one holder at a time, and none that has died or lost touch for longer than the lease's time.
 
-A KV key with a TTL, written by compare-and-set: the server removes it when nobody renews it. The holder counts
-on its own clock from before it asked, so it stops believing no later than the server does.
+A KV key with a TTL, written by compare-and-set: the server removes it when nobody renews it. The holder
+counts on its own clock from before it asked, so it stops believing no later than the server does.
 """
 
 from __future__ import annotations

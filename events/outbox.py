@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from whimbrel.events.errors import BusError, Denied, OutboxFull, Unreachable
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from whimbrel.events.facts import AnyEvent
 
 log = logging.getLogger(__name__)
@@ -20,8 +21,8 @@ _UNREACHABLE_PAUSE_S = 0.2
 
 
 class Outbox:
-    """Publishes one after the other. What the bus refuses for good is logged, counted and dropped; while it is
-    unreachable the same event is tried for ever."""
+    """Publishes one after the other. What the bus refuses for good is logged, counted and dropped; while it
+    is unreachable the same event is tried for ever."""
 
     def __init__(self, publish: Callable[[AnyEvent], Awaitable[None]], capacity: int = OUTBOX_MAX) -> None:
         self._publish = publish
@@ -40,8 +41,8 @@ class Outbox:
         """Raises OutboxFull."""
         if len(self._events) >= self._capacity:
             raise OutboxFull(
-                f"{len(self._events)} events wait to be published, at most {self._capacity} may: NATS has been "
-                "away too long, bring it back"
+                f"{len(self._events)} events wait to be published, at most {self._capacity} may: NATS has "
+                "been away too long, bring it back"
             )
         self._events.append(event)
         self._empty.clear()

@@ -161,6 +161,8 @@ class Pull:
         """The next stored message; waits as long as it takes, through any outage."""
         pause_s = 0.05
         while True:
+            if self._connection.closed:
+                raise Unreachable("the bus is closed: connect anew")
             try:
                 if self._anew:
                     self.restarts += 1
@@ -171,8 +173,6 @@ class Pull:
                     await self._pull()
                 pause_s = 0.05
             except (Unreachable, BusError) as error:
-                if self._connection.closed:
-                    raise Unreachable("the bus is closed") from error
                 log.info("stream %s cannot be read now: %s", self._stream, error)
                 self._anew = True
                 await asyncio.sleep(pause_s * random.uniform(0.5, 1.5))
@@ -248,8 +248,8 @@ class Pull:
         self._check(info)
         if info.config.filter_subject != self._filter:
             raise BusError(
-                f"durable consumer {self._durable!r} was made to read {info.config.filter_subject!r} and is now "
-                f"asked for {self._filter!r}: take another durable name"
+                f"durable consumer {self._durable!r} was made to read {info.config.filter_subject!r} and is "
+                f"now asked for {self._filter!r}: take another durable name"
             )
         self._consumer = self._durable
         return info.num_pending

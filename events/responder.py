@@ -11,16 +11,17 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from whimbrel.events import codec, subjects
-from whimbrel.events.commands import AnyCommand, AnyReply, Refused
+from whimbrel.events.commands import AnyCommand, AnyReply, Command, Refused
 from whimbrel.events.errors import BusError, Malformed
-from whimbrel.events.requests import AnyAnswer, AnyRequest, Declined
+from whimbrel.events.requests import AnyAnswer, AnyRequest, Declined, Request
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from nats.aio.msg import Msg
     from nats.aio.subscription import Subscription
 
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Q = TypeVar("Q", AnyCommand, AnyRequest)
-A = TypeVar("A", AnyReply, AnyAnswer)
+Q = TypeVar("Q", bound=Command | Request)
+A = TypeVar("A")
 
 AT_WORK_MAX = 64
 REMEMBERED_MAX = 1024
@@ -121,8 +122,8 @@ class Responder(Generic[Q, A]):
         if task is None:
             if (late_s := time.time() - question.expires_at) > 0:
                 reason = (
-                    f"{self._dialect.kind} {codec.tag_of(question)} was meant to be taken by {question.expires_at:.3f}, "
-                    f"it is {question.expires_at + late_s:.3f} here, {late_s:.3f} s later"
+                    f"{self._dialect.kind} {codec.tag_of(question)} was meant to be taken by "
+                    f"{question.expires_at:.3f}, it is {late_s:.3f} s later here"
                 )
                 await self._answer(
                     message, self._refusal(id_, reason, "send it anew, and compare the two clocks")

