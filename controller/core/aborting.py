@@ -103,16 +103,19 @@ def failure_in(state: Undoable, event: CoreEvent, awaited: str, now: float) -> F
 def aborting(state: Undoable, failure: Failure, event: CoreEvent | None, now: float) -> Outcome:
     """Leaves any state before the commit."""
     move = state.move
+    # Who refused to prepare has taken nothing up, and would not know what to undo.
+    refused = isinstance(state, Preparing) and isinstance(event, Replied)
+    at_target = isinstance(state, Preparing) and state.stream_port is None
     new = Aborting(
         move=move,
         step=failure.step,
         reason=failure.reason,
         remedy=failure.remedy,
         checkpoint=_checkpoint_of(state),
-        source_touched=not isinstance(state, Preparing) or state.stream_port is not None,
+        source_touched=not at_target and not refused,
         traffic_touched=move.gate is not None and isinstance(state, Holding | Freezing),
         source_done=isinstance(event, facts.SourceThawed),
-        target_done=isinstance(event, facts.TargetDiscarded),
+        target_done=isinstance(event, facts.TargetDiscarded) or (at_target and refused),
         exit_code=failure.exit_code,
         retry_at=now + REGISTER_AGAIN_S,
         timeout_at=now + UNDO_S,

@@ -6,10 +6,9 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.controller.scripted import ScriptedGate, ScriptedHost
@@ -21,6 +20,9 @@ from whimbrel.events.ids import new_id
 from whimbrel.events.records import WorkloadRecord, WorkloadSpec, WorkloadState
 from whimbrel.events.requests import AnyAnswer, Migrate, Run, Taken
 from whimbrel.events.server import EmbeddedServer
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
 
 SPEC = WorkloadSpec(name="cache", argv=("redis-server",), port=6379, gate_port=16379)
 WAIT_S = 30.0

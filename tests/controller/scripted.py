@@ -1,8 +1,8 @@
 """Scripted agents and a scripted gate: they speak the real bus and move nothing.
 
-They stand in for hosts so that the shell can be tested alone: commands arrive, events go out and
-the register is changed by the real compare-and-set, in the order in which real agents do it. The real ones are
-tested in tests/agent, tests/gate and tests/e2e.
+They stand in for hosts so that the shell can be tested alone: commands arrive, events go out and the register
+is changed by the real compare-and-set, in the order in which real agents do it. The real ones are tested in
+tests/agent, tests/gate and tests/e2e.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class ScriptedHost(Scripted):
             case commands.Freeze():
                 self._later(self._freeze(migration))
             case commands.Abort():
-                self._later(self._abort(migration))
+                self._later(self._abort(migration, as_source="source" in command.id))
             case commands.Release():
                 workload = self._workload_of[migration]
                 self.frozen.discard(workload)
@@ -226,12 +226,12 @@ class ScriptedHost(Scripted):
                 facts.TargetFilled, migration, fill_ms=100.0, faults=3, fault_p99_us=200.0, at_risk_ms=0.0
             )
 
-    async def _abort(self, migration: str) -> None:
+    async def _abort(self, migration: str, *, as_source: bool) -> None:
         entry = await self.bus.registers.get(migration)
         assert entry is not None, "abort without a register that says so"
         assert entry.value.decision is Decision.ABORTED
         workload = self._workload_of.get(migration, "")
-        if migration in self._target_of:
+        if as_source:
             if workload in self.frozen:
                 self.frozen.discard(workload)
                 self.runs.add(workload)
