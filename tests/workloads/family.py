@@ -16,12 +16,14 @@ inherited over fork, pipes, unix stream and packet pairs, named unix sockets, qu
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import hashlib
 import json
 import os
 import signal
 import socket
 import threading
+import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -131,6 +133,8 @@ def live_as_child(number: int, inherited: Inheritance, parent_pid: int) -> None:
         control = inherited.control[number][1]
         threading.Thread(target=member.obey_for_ever, args=(control,), daemon=True).start()
         member.tick_for_ever()
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(4)
 
@@ -155,6 +159,7 @@ def main() -> None:
     parser.add_argument("--memory-mib", type=int)
     parser.add_argument("--ops-per-s", type=float)
     options = parser.parse_args()
+    faulthandler.enable()  # a member that crashes says where in the log
     signal.pthread_sigmask(signal.SIG_BLOCK, {QUEUED_SIGNAL})  # all processes and threads inherit this
     inherited = inherit(options)
     parent_pid = os.getpid()

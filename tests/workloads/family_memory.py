@@ -139,15 +139,19 @@ class CopyOnWrite:
             self._written[page] = record.name, generation
         record.done("cow")
 
-    def check(self, record: Record, pages: range = range(COW_PAGES)) -> None:
-        """Compare the pages; the caller holds `lock`, or is the only thread of a forked copy."""
-        for page in pages:
-            start = page * PAGE_BYTES
-            writer, generation = self._written.get(page, ("inherited", 0))
-            where = f"page={page},generation={generation},address={address_of_page(self.memory, start)}"
-            record.same(
-                "cow",
-                where,
-                self._expected(page, writer, generation),
-                self.memory[start : start + PAGE_BYTES],
-            )
+    def expected(self, first: int, pages: int) -> bytes:
+        """What these pages must hold; the caller holds `lock`."""
+        return b"".join(
+            self._expected(page, *self._written.get(page, ("inherited", 0)))
+            for page in range(first, first + pages)
+        )
+
+    def found(self, first: int, pages: int) -> bytes:
+        """What these pages hold; the caller holds `lock`, or is the only thread of a forked copy."""
+        return self.memory[first * PAGE_BYTES : (first + pages) * PAGE_BYTES]
+
+    def check(self, record: Record) -> None:
+        """Compare all pages; the caller holds `lock`."""
+        for page in range(COW_PAGES):
+            where = f"page={page},address={address_of_page(self.memory, page * PAGE_BYTES)}"
+            record.same("cow", where, self.expected(page, 1), self.found(page, 1))
