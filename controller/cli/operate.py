@@ -6,10 +6,10 @@ import time
 from typing import Annotated
 
 import typer
-from rich.live import Live
 
 from whimbrel.controller.cli import options, panels
 from whimbrel.controller.cli.follow import follow
+from whimbrel.controller.cli.live import LiveView
 from whimbrel.controller.cli.progress import MigrationProgress, Outcome
 from whimbrel.controller.cli.session import ask, out, print_json, run_async, session, stamp
 from whimbrel.events.records import OnMissedBudget, Strategy, WorkloadSpec
@@ -18,8 +18,6 @@ from whimbrel.events.subjects import check_name
 from whimbrel.terminal import CommandError, ExitCode
 
 app = typer.Typer()
-
-REFRESH_PER_S = 10
 
 
 def _name(kind: str, text: str) -> str:
@@ -165,11 +163,9 @@ def migrate(
                     if event is not None:
                         print_json(event)
                 return exit_code(progress)
-            with Live(console=out, refresh_per_second=REFRESH_PER_S) as live:
-                live.update(panels.migration(progress))
-                async for progress, _ in follower.of(taken.id):
-                    live.update(panels.migration(progress))
-                live.update(panels.migration(progress), refresh=True)
+            with LiveView(out) as view:
+                async for progress, event in follower.of(taken.id):
+                    view.show(progress, event)
             out.print(f"whimbrel story {taken.id}", style="dim")
             return exit_code(progress)
 

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from whimbrel.controller.cli.progress import MigrationProgress, Outcome
+from whimbrel.controller.core.assessment import HOST_STALE_S
 from whimbrel.events.records import MigrationReport, PhaseTimes
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from whimbrel.events.records import HostRecord, WorkloadRecord
 
 PHASES = PhaseTimes.__struct_fields__
-HOST_SILENT_AFTER_S = 15.0
 ROUNDS_SHOWN_MAX = 12
 
 
@@ -52,7 +52,9 @@ def clock(at: float) -> str:
 
 def migration(progress: MigrationProgress) -> RenderableType:
     """The live view: rounds while they happen, the current phase, and the breakdown once it is over."""
-    parts: list[RenderableType] = [_rounds(progress), _status(progress)]
+    parts: list[RenderableType] = [_status(progress)]
+    if progress.rounds or progress.sample is not None:
+        parts.insert(0, _rounds(progress))
     if progress.report is not None:
         parts += [breakdown(progress.report), summary(progress.report)]
     asked = progress.requested
@@ -185,7 +187,7 @@ def hosts(records: Iterable[HostRecord], now: float) -> RenderableType:
             record.host,
             record.address,
             record.agent_version,
-            Text(seen, style="red") if age_s > HOST_SILENT_AFTER_S else seen,
+            Text(seen, style="red") if age_s > HOST_STALE_S else seen,
             record.kernel,
             record.criu_version,
             size(record.memory_available_bytes),
@@ -241,7 +243,7 @@ def _short(value: object) -> str:
             return f"{value:.1f}"
         case dict():
             return "{" + " ".join(f"{key}={_short(item)}" for key, item in value.items()) + "}"
-        case list():
+        case list() | tuple():
             return "[" + ", ".join(_short(item) for item in value) + "]"
         case str() if " " in value:
             return f"'{value}'"

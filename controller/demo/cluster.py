@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from whimbrel.controller.demo.topology import DemoHost
+    from whimbrel.events.facts import AnyEvent
     from whimbrel.events.records import MigrationReport, WorkloadSpec
     from whimbrel.events.requests import AnyRequest
 
@@ -252,14 +253,14 @@ class Cluster:
         name: str,
         to: str,
         *,
-        on_progress: Callable[[MigrationProgress], None] | None = None,
+        on_progress: Callable[[MigrationProgress, AnyEvent | None], None] | None = None,
         **options: Any,
     ) -> MigrationReport:
         """Moves a workload and waits for the end.
 
         `options` are fields of `Migrate` (budget_ms, deadline_s, strategy, verify, …). `on_progress` is
-        called after every event and sample. Raises MigrationFailed (rejected or aborted), RequestDeclined,
-        ClusterError.
+        called after every event, and every sample (with None). Raises MigrationFailed (rejected or
+        aborted), RequestDeclined, ClusterError.
         """
         request = Migrate(**_stamp(), workload=name, target=to, **options)
         progress: MigrationProgress | None = None
@@ -267,9 +268,9 @@ class Cluster:
             migration = await self.ask(request)
             try:
                 async with asyncio.timeout(request.deadline_s + AFTER_DEADLINE_S):
-                    async for progress, _ in follower.of(migration):
+                    async for progress, event in follower.of(migration):
                         if on_progress is not None:
-                            on_progress(progress)
+                            on_progress(progress, event)
             except TimeoutError as error:
                 phase = progress.phase if progress else "nothing at all"
                 raise ClusterError(

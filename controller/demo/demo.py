@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 from rich.console import Console, RenderableType
-from rich.live import Live
 from rich.text import Text
 
 from whimbrel.controller.cli import panels
+from whimbrel.controller.cli.live import LiveView
 from whimbrel.controller.demo.clients import OPERATION_TIMEOUT_S
 from whimbrel.controller.demo.cluster import Cluster, ClusterError
 from whimbrel.controller.demo.recording import Recording
@@ -36,6 +36,7 @@ from whimbrel.terminal import ExitCode
 if TYPE_CHECKING:
     from whimbrel.controller.cli.progress import MigrationProgress
     from whimbrel.controller.demo.clients import Verified, Window
+    from whimbrel.events.facts import AnyEvent
     from whimbrel.events.records import MigrationReport
 
 WORKLOAD = "cache"
@@ -112,18 +113,8 @@ class Stage:
     def say(self, what: RenderableType) -> None:
         """On the terminal and in the recording, to stay."""
         self.console.print(what)
-        self.keep(what)
-
-    def keep(self, what: RenderableType) -> None:
-        """In the recording only, to stay."""
         if self.recording is not None:
             self.recording.keep(what)
-
-    def show(self, live: Live, what: RenderableType) -> None:
-        """Redrawn in place."""
-        live.update(what)
-        if self.recording is not None:
-            self.recording.show(what)
 
 
 async def run_demo(options: DemoOptions) -> ExitCode:
@@ -156,14 +147,19 @@ async def run_demo(options: DemoOptions) -> ExitCode:
         problems.append(str(error))
     problems += [f"left behind: {what}" for what in cluster.leftovers()]
     ok = not problems and len(moves) == len(MOVES) and all(move.ok for move in moves)
-    _finish(stage, options, run_dir, DemoResult(ok=ok, moves=moves), problems)
+    _finish(stage, options, run_dir, DemoResult(ok=ok, moves=moves), problems, interrupted)
     if interrupted:
         return ExitCode.INTERRUPTED
     return ExitCode.OK if ok else ExitCode.FAILED
 
 
 def _finish(
-    stage: Stage, options: DemoOptions, run_dir: Path, result: DemoResult, problems: list[str]
+    stage: Stage,
+    options: DemoOptions,
+    run_dir: Path,
+    result: DemoResult,
+    problems: list[str],
+    interrupted: bool,
 ) -> None:
     for problem in problems:
         stage.say(Text(f"✘ {problem}", style="bold red"))
@@ -185,7 +181,7 @@ def _finish(
         options.logs_dir.mkdir(parents=True, exist_ok=True)
         for log in run_dir.glob("*.log"):
             shutil.copy(log, options.logs_dir)
-    if result.ok or options.logs_dir is not None:
+    if result.ok or interrupted or options.logs_dir is not None:
         shutil.rmtree(run_dir, ignore_errors=True)
     else:
         stage.console.print(f"logs: {run_dir}", style="yellow")
@@ -253,22 +249,20 @@ def _redis() -> tuple[str, ...]:
 
 async def _move(cluster: Cluster, users: Users, stage: Stage, options: DemoOptions, target: str) -> Move:
     await users.mark()
-    with Live(console=stage.console, refresh_per_second=8, transient=False) as live:
-        last: MigrationProgress | None = None
+    with LiveView(stage.console) as view:
 
-        def show(progress: MigrationProgress) -> None:
-            nonlocal last
-            last = progress
-            stage.show(live, panels.migration(progress))
+        def show(progress: MigrationProgress, event: AnyEvent | None) -> None:
+            view.show(progress, event)
+            if stage.recording is not None:
+                stage.recording.show(panels.migration(progress))
 
         try:
             report = await cluster.migrate(
                 WORKLOAD, target, on_progress=show, budget_ms=options.budget_ms, verify=options.verify
             )
         finally:
-            if last is not None:
-                live.update(panels.migration(last), refresh=True)
-                stage.keep(panels.migration(last))
+            if view.last is not None and stage.recording is not None:
+                stage.recording.keep(panels.migration(view.last))
     await asyncio.sleep(AFTER_MOVE_S)
     seen = await users.stop()
     verified = await users.verify()

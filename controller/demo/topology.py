@@ -1,6 +1,6 @@
 """Two hosts on one machine: two network namespaces joined by a shaped link, and everything else beside them.
 
-          10.77.N.65 (bridge wbN-br: NATS, controller, gate and clients, unshaped)
+          10.213.N.65 (bridge wbN-br: NATS, controller, gate and clients, unshaped)
              │                       │
         .66 wbN-a                 .67 wbN-b          network namespaces
              └── .1 ══ TBF 1 Gbit/s ══ .2 ──┘        page streams go here
@@ -79,6 +79,11 @@ class Slot:
         return f"wb{self.number}"
 
     @property
+    def net(self) -> str:
+        """The first three numbers of all its addresses."""
+        return f"10.213.{self.number}"
+
+    @property
     def note_path(self) -> Path:
         return SLOTS_DIR / f"{self.number}.json"
 
@@ -87,11 +92,12 @@ class Slot:
         """Takes the first free number, after sweeping what dead owners left behind. Raises TopologyError."""
         SLOTS_DIR.mkdir(parents=True, exist_ok=True)
         mine: Self | None = None
+        taken = _networks_here()
         for number in range(SLOTS_MAX):
             path = SLOTS_DIR / f"{number}.lock"
             existed = path.exists()
             if not existed and mine is not None:
-                break
+                break  # no run has ever used a higher number
             lock_fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -101,7 +107,7 @@ class Slot:
             slot = cls(number, lock_fd)
             if existed:
                 slot.sweep()
-            if mine is None:
+            if mine is None and slot.net not in taken:
                 mine = slot
             else:
                 slot.release()
@@ -144,7 +150,7 @@ class Topology:
     def __init__(self, slot: Slot, link_mbit: int = 1000) -> None:
         self.slot = slot
         self.link_mbit = link_mbit
-        prefix, net = slot.prefix, f"10.77.{slot.number}"
+        prefix, net = slot.prefix, slot.net
         self.hosts = {
             "a": DemoHost("a", f"{prefix}-a", f"{net}.1"),
             "b": DemoHost("b", f"{prefix}-b", f"{net}.2"),
@@ -155,7 +161,7 @@ class Topology:
 
     def create(self) -> None:
         """Raises TopologyError; what was built until then is removed again."""
-        prefix, net = self.slot.prefix, f"10.77.{self.slot.number}"
+        prefix, net = self.slot.prefix, self.slot.net
         a, b = self.hosts["a"], self.hosts["b"]
         try:
             self._ip(
@@ -221,7 +227,16 @@ class Topology:
         _run(["ip", *inside, "-batch", "-"], stdin="\n".join(lines) + "\n")
 
 
-def _run(argv: list[str], stdin: str = "") -> None:
+def _networks_here() -> set[str]:
+    """First three numbers of every IPv4 address of this namespace: what no slot may use again."""
+    addresses = json.loads(_run(["ip", "-j", "-4", "addr"]) or "[]")
+    return {
+        entry["local"].rpartition(".")[0] for device in addresses for entry in device.get("addr_info", [])
+    }
+
+
+def _run(argv: list[str], stdin: str = "") -> str:
+    """Its output. Raises TopologyError."""
     try:
         done = subprocess.run(
             argv, input=stdin, capture_output=True, text=True, timeout=PROGRAM_TIMEOUT_S, check=False
@@ -233,6 +248,7 @@ def _run(argv: list[str], stdin: str = "") -> None:
             f"expected `{' '.join(argv)}` to work, found exit {done.returncode}: {done.stderr.strip()}. "
             "It needs root and a kernel with veth, bridge and TBF: see `whimbrel doctor`."
         )
+    return done.stdout
 
 
 def start_ticks_of(pid: int) -> int | None:
