@@ -36,6 +36,20 @@ def data(region, access):
     return [p for p in range(region.pages) if region.generations[p] > 0 and region.access[p] == access.value]
 
 damage = sys.argv[3]
+if damage == "split":  # as when something from outside, a page tracker say, has split the mappings
+    MADV_DONTFORK = 10
+    def perform(op):
+        if type(op).__name__ in ("Descend", "Ascend"):
+            plan.regions.pop(op.region, None)
+            return
+        memory.perform(op, plan)
+        if type(op).__name__ == "Map" and op.kind in (Kind.ANON, Kind.FILE) and op.pages > 2:
+            m._libc.madvise(memory.address(op.region, op.pages // 2), PAGE_BYTES, MADV_DONTFORK)
+    while plan.ops < 3000:
+        perform(plan.step())
+    print(found())
+    print(memory.pieced_mremaps)
+    sys.exit()
 access = Access.WRITE if damage in ("unmapped", "read-only") else Access.NONE
 region = do_until(lambda r: r.kind is not Kind.HEAP and data(r, access))
 page = data(region, access)[-1]
@@ -74,3 +88,17 @@ def test_a_changed_mapping_is_found(tmp_path: Path, damage: str, what: str, end:
     assert before == "nothing wrong"
     assert after.startswith(f"{what} {where}")
     assert after.endswith(end)
+
+
+def test_split_mappings_are_resized_in_pieces(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(WORKLOADS), str(tmp_path / "mapped"), "split"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    found, pieced_mremaps = done.stdout.splitlines()
+    assert found == "nothing wrong"
+    assert int(pieced_mremaps) > 0
