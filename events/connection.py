@@ -120,7 +120,7 @@ class Connection:
                     reconnect_time_wait=0.2,  # type: ignore[arg-type]
                     reconnect_to_server_handler=_choose_server,
                     connect_timeout=max(1, min(5, int(timeout_s))),
-                    ping_interval=5,
+                    ping_interval=2,
                     max_outstanding_pings=2,
                     error_cb=self._heard_error,
                     disconnected_cb=self._went_down,
@@ -201,22 +201,11 @@ class Connection:
         self, subject: str, payload: bytes, *, timeout_s: float, headers: dict[str, str] | None = None
     ) -> Msg:
         """One attempt. Raises Denied, Unreachable (silence, nobody there, connection lost) or Malformed."""
-        self._asked += 1
-        token = f"{self._asked:x}"
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Msg] = loop.create_future()
-        self._asks[token] = (subject, future)
-        timer = loop.call_later(timeout_s, _time_out, future, subject, timeout_s)
+        token = self._new_token()
         try:
-            await self.send(subject, payload, reply=f"{self._inbox}.{token}", headers=headers)
-            answer = await future
+            return await self._attempt(token, subject, payload, timeout_s, headers)
         finally:
-            timer.cancel()
-            del self._asks[token]
-            future.cancel()
-        if answer.headers is not None and not answer.data and answer.headers.get("Status") == "503":
-            raise Unreachable(f"nobody listens on {subject}: is the one it is meant for running?")
-        return answer
+            self._forget(token)
 
     async def ask_until_answered(
         self,
@@ -234,21 +223,59 @@ class Connection:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
         pause_s = _PAUSE_S_MIN
-        while True:
-            try:
-                await self.wait_connected(deadline - loop.time())
-                left_s = deadline - loop.time()
-                return await self.ask(
-                    subject, payload, timeout_s=min(left_s, attempt_s or _ATTEMPT_S), headers=headers
-                )
-            except Denied:
-                raise
-            except Unreachable as error:
-                left_s = deadline - loop.time()
-                if left_s <= 0 or self._closing:
-                    raise Unreachable(f"no answer on {subject} within {timeout_s:.3g} s: {error}") from error
-            await asyncio.sleep(min(left_s, pause_s * random.uniform(0.5, 1.5)))
-            pause_s = min(pause_s * 2, _PAUSE_S_MAX)
+        token = self._new_token()
+        try:
+            while True:
+                try:
+                    await self.wait_connected(deadline - loop.time())
+                    wait_s = min(deadline - loop.time(), attempt_s or _ATTEMPT_S)
+                    return await self._attempt(token, subject, payload, wait_s, headers)
+                except Denied:
+                    raise
+                except Unreachable as error:
+                    left_s = deadline - loop.time()
+                    if left_s <= 0 or self._closing:
+                        raise Unreachable(
+                            f"no answer on {subject} within {timeout_s:.3g} s: {error}"
+                        ) from error
+                # The answer to an earlier attempt is as good as any, also while we pause.
+                late = self._expect(token, subject)
+                await asyncio.wait({late}, timeout=min(left_s, pause_s * random.uniform(0.5, 1.5)))
+                if late.done() and late.exception() is None and not _nobody_there(late.result()):
+                    return late.result()
+                pause_s = min(pause_s * 2, _PAUSE_S_MAX)
+        finally:
+            self._forget(token)
+
+    async def _attempt(
+        self, token: str, subject: str, payload: bytes, timeout_s: float, headers: dict[str, str] | None
+    ) -> Msg:
+        future = self._expect(token, subject)
+        timer = asyncio.get_running_loop().call_later(timeout_s, _time_out, future, subject, timeout_s)
+        try:
+            await self.send(subject, payload, reply=f"{self._inbox}.{token}", headers=headers)
+            answer = await future
+        finally:
+            timer.cancel()
+        if _nobody_there(answer):
+            raise Unreachable(f"nobody listens on {subject}: is the one it is meant for running?")
+        return answer
+
+    def _new_token(self) -> str:
+        self._asked += 1
+        return f"{self._asked:x}"
+
+    def _expect(self, token: str, subject: str) -> asyncio.Future[Msg]:
+        future: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
+        # Whoever fails it need not find anybody waiting.
+        future.add_done_callback(_look_at)
+        self._asks[token] = (subject, future)
+        return future
+
+    def _forget(self, token: str) -> None:
+        asked = self._asks.pop(token, None)
+        if asked is not None:
+            asked[1].cancel()
 
     async def store(self, subject: str, payload: bytes, headers: dict[str, str], *, timeout_s: float) -> Ack:
         """JetStream publish. `headers` must hold a Nats-Msg-Id: a repeated attempt is then stored once.
@@ -405,6 +432,16 @@ def _choose_server(servers: list[Server], info: dict[str, Any]) -> tuple[Server,
     """The server tried least so far, after a jittered pause that grows with its failures."""
     chosen = min(servers, key=lambda server: server.reconnects)
     return chosen, min(1.0, 0.05 * 2 ** min(chosen.reconnects, 5)) * random.uniform(0.5, 1.5)
+
+
+def _nobody_there(answer: Msg) -> bool:
+    return answer.headers is not None and not answer.data and answer.headers.get("Status") == "503"
+
+
+def _look_at(future: asyncio.Future[Msg]) -> None:
+    """So that asyncio does not complain about an error nobody has looked at."""
+    if not future.cancelled():
+        future.exception()
 
 
 def _time_out(future: asyncio.Future[Msg], subject: str, timeout_s: float) -> None:

@@ -160,7 +160,7 @@ class Table(Generic[R]):
         return found
 
     async def watch(self, *, poll_s: float = POLL_S) -> AsyncGenerator[tuple[str, Entry[R] | None], None]:
-        """Every record there is, then every change, None for a deletion. Never ends, survives outages.
+        """Every record there is, then every change, None for a deletion. Ends when the bus is closed only.
 
         A key changed twice in quick succession may show its last value only. Reads the whole bucket every
         `poll_s` too: TTLs leave no message behind, and a watch alone is only as sound as its consumer.
@@ -173,13 +173,22 @@ class Table(Generic[R]):
             bucket_subject(self.name, ">"),
             deliver="last_per_subject",
         )
-        await pull.open()
+        while True:
+            try:
+                await pull.open()
+                break
+            except Unreachable as error:
+                if self._connection.closed:
+                    return
+                log.info("%s cannot be watched now: %s", self.name, error)
         # Cancelling a read that is under way at every poll could lose its message: it stays one task.
         reading = asyncio.ensure_future(pull.next())
         next_poll = loop.time() + poll_s * random.uniform(0.5, 1.0)
         try:
             while True:
                 await asyncio.wait({reading}, timeout=max(0.0, next_poll - loop.time()))
+                if self._connection.closed:
+                    return
                 changes: dict[str, _Stored] = {}
                 if reading.done():
                     message = reading.result()

@@ -36,6 +36,7 @@ AT_WORK_MAX = 64
 REMEMBERED_MAX = 1024
 REMEMBERED_BYTES_MAX = 8 * 1024 * 1024
 _CLOSE_S = 5.0
+_ASKERS_MAX = 16
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,9 @@ class Responder(Generic[Q, A]):
         self._handler = handler
         self._at_work_max = at_work_max
         self._subscription: Subscription | None = None
-        self._at_work: dict[str, asyncio.Task[bytes]] = {}
-        self._waiting: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._askers: dict[str, list[Msg]] = {}
+        """Id of what is being handled → who waits for the answer: the asker, and the asker again."""
         self._remembered: OrderedDict[str, bytes] = OrderedDict()
         self._remembered_bytes = 0
 
@@ -91,9 +93,8 @@ class Responder(Generic[Q, A]):
         if self._subscription is not None:
             await self._connection.unlisten(self._subscription)
             self._subscription = None
-        tasks = {*self._at_work.values(), *self._waiting}
-        if tasks:
-            _, late = await asyncio.wait(tasks, timeout=_CLOSE_S)
+        if self._tasks:
+            _, late = await asyncio.wait(self._tasks, timeout=_CLOSE_S)
             for task in late:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
@@ -118,30 +119,27 @@ class Responder(Generic[Q, A]):
         if (remembered := self._remembered.get(id_)) is not None:
             await self._answer(message, remembered)
             return
-        task = self._at_work.get(id_)
-        if task is None:
-            if (late_s := time.time() - question.expires_at) > 0:
-                reason = (
-                    f"{self._dialect.kind} {codec.tag_of(question)} was meant to be taken by "
-                    f"{question.expires_at:.3f}, it is {late_s:.3f} s later here"
-                )
-                await self._answer(
-                    message, self._refusal(id_, reason, "send it anew, and compare the two clocks")
-                )
-                return
-            if len(self._at_work) >= self._at_work_max:
-                reason = (
-                    f"at most {self._at_work_max} {self._dialect.kind}s are handled at once, all are busy"
-                )
-                await self._answer(message, self._refusal(id_, reason, "wait a moment and send it again"))
-                return
-            task = asyncio.create_task(self._handle(question))
-            self._at_work[id_] = task
-        elif len(self._waiting) >= 4 * self._at_work_max:
-            return  # A repeated question while its answer is being made: the first one's asker gets it.
-        waiter = asyncio.create_task(self._answer_when_done(message, task))
-        self._waiting.add(waiter)
-        waiter.add_done_callback(self._waiting.discard)
+        if (askers := self._askers.get(id_)) is not None:
+            askers.append(message)
+            del askers[:-_ASKERS_MAX]
+            return
+        if (late_s := time.time() - question.expires_at) > 0:
+            reason = (
+                f"{self._dialect.kind} {codec.tag_of(question)} was meant to be taken by "
+                f"{question.expires_at:.3f}, it is {late_s:.3f} s later here"
+            )
+            await self._answer(
+                message, self._refusal(id_, reason, "send it anew, and compare the two clocks")
+            )
+            return
+        if len(self._askers) >= self._at_work_max:
+            reason = f"at most {self._at_work_max} {self._dialect.kind}s are handled at once, all are busy"
+            await self._answer(message, self._refusal(id_, reason, "wait a moment and send it again"))
+            return
+        self._askers[id_] = [message]
+        task = asyncio.create_task(self._handle(question))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _understood(self, message: Msg) -> Q:
         question: Q = self._dialect.codec.decode(message.data)
@@ -150,30 +148,27 @@ class Responder(Generic[Q, A]):
             raise Malformed(f"expected an id of 1-128 characters, found one of {len(question.id)}")
         return question
 
-    async def _handle(self, question: Q) -> bytes:
+    async def _handle(self, question: Q) -> None:
+        try:
+            data = await self._handled(question)
+        except asyncio.CancelledError:
+            self._askers.pop(question.id, None)
+            raise
+        self._remember(question.id, data)
+        for message in self._askers.pop(question.id):
+            await self._answer(message, data)
+
+    async def _handled(self, question: Q) -> bytes:
         try:
             answer = await self._handler(question)
             if not isinstance(answer, self._dialect.answer_types):
                 raise TypeError(f"the handler was expected to return an answer, returned {answer!r}")
-            data = codec.encode(answer)
-        except asyncio.CancelledError:
-            data = self._refusal(question.id, "the receiver is stopping", "send it again when it has started")
-            self._remember(question.id, data)
-            raise
+            return codec.encode(answer)
         except Exception as error:
             self._connection.counts.errors += 1
             log.exception("%s %s failed", self._dialect.kind, codec.tag_of(question))
             reason = f"{codec.tag_of(question)} failed: {type(error).__name__}: {error}"
-            data = self._refusal(question.id, reason[:4096], "see the receiver's log")
-        self._remember(question.id, data)
-        return data
-
-    async def _answer_when_done(self, message: Msg, task: asyncio.Task[bytes]) -> None:
-        try:
-            data = await asyncio.shield(task)
-        except asyncio.CancelledError:
-            return
-        await self._answer(message, data)
+            return self._refusal(question.id, reason[:4096], "see the receiver's log")
 
     async def _answer(self, message: Msg, data: bytes) -> None:
         if not message.reply:
@@ -187,7 +182,6 @@ class Responder(Generic[Q, A]):
         return codec.encode(self._dialect.refuse(id_, reason, remedy))
 
     def _remember(self, id_: str, data: bytes) -> None:
-        self._at_work.pop(id_, None)
         self._remembered[id_] = data
         self._remembered_bytes += len(data)
         while len(self._remembered) > REMEMBERED_MAX or self._remembered_bytes > REMEMBERED_BYTES_MAX:

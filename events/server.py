@@ -75,6 +75,7 @@ class EmbeddedServer:
         *,
         host: str = "127.0.0.1",
         port: int = 0,
+        name: str = "whimbrel",
         max_payload_bytes: int = MAX_PAYLOAD_BYTES,
         log_path: Path | None = None,
         binary: Path | None = None,
@@ -82,11 +83,13 @@ class EmbeddedServer:
         extra_config: str = "",
     ) -> None:
         """`store`: folder of JetStream's files, made if missing. `port` 0: a free one, kept over restarts.
+        `name`: of the server, distinct within a cluster.
         `sync_always`: fsync every write, for a store that must survive a power loss (costs milliseconds).
         `extra_config`: more of nats-server's configuration, such as authorization."""
         self.store = store
         self.host = host
         self.port = port
+        self.name = name
         self.log_path = log_path or store / "nats-server.log"
         self.restarts = 0
         self._max_payload_bytes = max_payload_bytes
@@ -211,7 +214,7 @@ class EmbeddedServer:
     def _config(self) -> str:
         sync = "sync_interval: always" if self._sync_always else ""
         return f"""\
-server_name: whimbrel
+server_name: {self.name}
 listen: {msgspec.json.encode(f"{_bracketed(self.host)}:{self.port or -1}").decode()}
 max_payload: {self._max_payload_bytes}
 jetstream {{
