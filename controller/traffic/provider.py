@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
+from whimbrel.events.records import TrafficImpact
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable
-
-    from whimbrel.events.records import TrafficImpact
 
 
 class TrafficError(Exception):

@@ -2,9 +2,10 @@
 
 A connection is settled when the backend spoke last, has been quiet for a while and everything the client had
 sent is acknowledged. At L4 no more can be known. Three things make that a good sign in practice:
-- a client that is answered is fenced at once, unless it has already sent more (then it pipelines, or its
-  request came in pieces), so that a closed loop of requests comes to rest after one answer;
-- after a large answer the quiet time is longer: its pieces may be apart by a turn of the scheduler;
+- a client that is answered is fenced at once, so that a closed loop of requests comes to rest after one
+  answer; unless it has sent more by then, or sends more sooner than it could have seen the answer: that may be
+  the rest of a request whose beginning the backend has, and goes there too;
+- after large requests or answers the quiet time is longer: pieces may be apart by a turn of the scheduler;
 - who is still busy at the limit stays in flight for good, even if it looks quiet later: from then on the
   backend may be frozen in the middle of an answer, and a truncated answer must not be continued.
 """
@@ -26,12 +27,20 @@ if TYPE_CHECKING:
     from whimbrel.controller.traffic.gate.relay import Relay
 
 
+RTT_SHARE = 0.9
+"""What comes sooner than a round trip after an answer cannot have been sent because of it."""
+
+
 class DrainLimits(msgspec.Struct, frozen=True, kw_only=True):
     quiet_ms: float = 2.0
     """The backend has answered and says no more for this long: the answer is complete."""
     bulk_quiet_ms: float = 20.0
-    """The same after an answer of more than `bulk_bytes`."""
-    bulk_bytes: int = 64 * 1024
+    """The same since the last large read, or in an answer of more than `bulk_bytes`."""
+    segment_bytes: int = 1400
+    """A client that asks for more than fits one packet may have the rest of its request still under way."""
+    pipeline_patience_ms: float = 25.0
+    """For so long such a client is given the chance to come to the end of what it sends."""
+    bulk_bytes: int = 16 * 1024
     recheck_ms: float = 1.0
     """Acknowledgements cannot be awaited, only looked at."""
     stalled_ms: float = 100.0
@@ -98,11 +107,25 @@ class Drain:
                 relay.fenced = True
         relay.answer_bytes += count
         relay.spoke_at = now
+        if relay.answer_bytes > self._limits.bulk_bytes:
+            relay.bulk_at = now
         if self.outcome is not None or relay in self._in_flight:
             return
         self._unsettled.add(relay)  # again, where the quiet time was too short: the route is not drained yet
         if self._look is None:
             self._look_at(now + self._limits.quiet_ms / 1000)
+
+    def continues(self, relay: Relay) -> bool:
+        """A fenced client sends more: may it be the rest of what the backend has already begun to answer?"""
+        if self.outcome is not None or relay not in self._unsettled:
+            return False
+        now = self._loop.time()
+        patient = now < self._started + self._limits.pipeline_patience_ms / 1000
+        return (
+            relay.client_lacks_bytes()
+            or now < relay.spoke_at + RTT_SHARE * relay.client_rtt_s()
+            or (patient and relay.asked_bytes > self._limits.segment_bytes)
+        )
 
     def client_took(self, relay: Relay) -> None:
         relay.spoke_at = self._loop.time()
@@ -126,8 +149,7 @@ class Drain:
         for relay in tuple(self._unsettled):
             if relay.client_spoke:
                 continue  # the backend's answer will wake us
-            bulk = relay.answer_bytes > limits.bulk_bytes
-            due = relay.spoke_at + (limits.bulk_quiet_ms if bulk else limits.quiet_ms) / 1000
+            due = max(relay.spoke_at + limits.quiet_ms / 1000, relay.bulk_at + limits.bulk_quiet_ms / 1000)
             if relay.unsent_to_client():
                 if now >= relay.spoke_at + limits.stalled_ms / 1000:
                     self._unsettled.discard(relay)
@@ -135,7 +157,8 @@ class Drain:
                     continue
                 due = now + limits.recheck_ms / 1000
             elif now >= due - 1e-6:
-                if not relay.unsent_to_backend():
+                rest_under_way = relay.asked_bytes > limits.segment_bytes and relay.client_lacks_bytes()
+                if not rest_under_way and not relay.unsent_to_backend():
                     relay.fenced = True
                     self._unsettled.discard(relay)
                     continue

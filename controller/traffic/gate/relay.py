@@ -28,11 +28,16 @@ if TYPE_CHECKING:
     from whimbrel.controller.traffic.gate.dial import Dial
 
 BUFFER_BYTES = 128 * 1024
+BULK_READ_BYTES = 4096
 FINAL_READ_BYTES_MAX = 8 * 1024 * 1024
 """More than a kernel receive buffer holds: what an old backend has sent is read before it is dropped."""
 
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 _INT = b"\0\0\0\0"
+# struct tcp_info of linux/tcp.h up to and with tcpi_min_rtt (µs; all ones before the first sample).
+_TCP_INFO_BYTES = 152
+_TCP_INFO_MIN_RTT = 148
+_RTT_UNKNOWN = 0xFFFFFFFF
 
 
 def queued_bytes(sock: socket.socket, request: int) -> int:
@@ -84,7 +89,9 @@ class Relay:
         "_to_backend",
         "_to_client",
         "answer_bytes",
+        "asked_bytes",
         "backend_ended",
+        "bulk_at",
         "client_ended",
         "client_spoke",
         "dial",
@@ -119,8 +126,12 @@ class Relay:
         """Loop time (s) since when the client has been waiting; kept by the owner."""
         self.spoke_at = 0.0
         """Loop time (s) of the backend's last bytes; kept by the owner while watched."""
+        self.asked_bytes = 0
+        """What the client sent between two answers, the last time it sent anything."""
         self.answer_bytes = 0
         """Bytes of the answer under way; kept by the owner while watched."""
+        self.bulk_at = 0.0
+        """Loop time (s) of the last large read on either side."""
 
     # --- what the route looks at ---------------------------------------------------------------------
 
@@ -132,6 +143,20 @@ class Relay:
 
     def unsent_to_client(self) -> bool:
         return self._to_client is not None
+
+    def client_lacks_bytes(self) -> bool:
+        """The client's kernel has not acknowledged all that was sent to it, or not all was sent.
+
+        What such a client sends, it sends without having seen the whole answer."""
+        return self._to_client is not None or queued_bytes(self._client, termios.TIOCOUTQ) > 0
+
+    def client_rtt_s(self) -> float:
+        """The shortest round trip to the client that its connection has seen; 0 where unknown."""
+        info = self._client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+        if len(info) < _TCP_INFO_BYTES:
+            return 0.0
+        shortest_us = int.from_bytes(info[_TCP_INFO_MIN_RTT : _TCP_INFO_MIN_RTT + 4], "little")
+        return shortest_us / 1e6 if shortest_us < _RTT_UNKNOWN else 0.0
 
     def client_bytes_waiting(self) -> bool:
         """The client has sent something that was not read yet, or not sent on yet."""
@@ -217,7 +242,10 @@ class Relay:
             self._leave_client()
             self._pass_client_end()
             return
+        self.asked_bytes = count + self.asked_bytes if self.client_spoke else count
         self.client_spoke = True
+        if count > BULK_READ_BYTES:
+            self.bulk_at = self._loop.time()
         if self.watched:
             self._owner.client_spoke(self)
         try:
@@ -274,6 +302,8 @@ class Relay:
         if not count:
             self._backend_end()
             return
+        if count > BULK_READ_BYTES:
+            self.bulk_at = self._loop.time()
         if self.watched:
             self._owner.backend_spoke(self, count)
         self.client_spoke = False

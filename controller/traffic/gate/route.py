@@ -495,6 +495,10 @@ class Route:
     def client_waits(self, relay: Relay) -> None:
         if not relay.client_bytes_waiting():
             return  # a FIN and nothing before it: nobody waits; it is read when the hold is over
+        if self._hold is not None and self._hold.drain.continues(relay):
+            relay.fenced = False
+            relay.read_client()
+            return
         if relay.waiting_since is None:
             relay.waiting_since = self._loop.time()
             if self._hold is not None:
