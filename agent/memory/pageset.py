@@ -56,6 +56,11 @@ class PageSet:
         """Raises ValueError where the range is empty backwards, unaligned or outside user space."""
         _check(start, end)
         chunks = self._chunks
+        chunk = start >> _CHUNK_SHIFT
+        if start < end and end - 1 >> _CHUNK_SHIFT == chunk:  # nearly every run of dirty pages
+            mask = (1 << (end - start >> _PAGE_SHIFT)) - 1 << (start >> _PAGE_SHIFT & _PAGE_IN_CHUNK)
+            chunks[chunk] = chunks.get(chunk, 0) | mask
+            return
         for chunk, mask in _edges(start, end):
             chunks[chunk] = chunks.get(chunk, 0) | mask
         first, last = _whole_chunks(start, end)

@@ -24,8 +24,9 @@ _START_GAIN: Final = 1.2
 _STOP_GAIN: Final = 1.05
 _ASSUMED_COMPRESS_BYTES_PER_S: Final = 500e6
 _SMOOTHING: Final = 0.2
+_FULL_WEIGHT_BYTES: Final = 64 << 10
 _SAMPLE_EVERY: Final = 8
-_SAMPLE_PAGES: Final = 8
+_SAMPLE_PAGES: Final = 16
 _WORTH_IT: Final = 0.95
 
 
@@ -41,7 +42,8 @@ class CompressionChoice:
     def measured(self, raw_bytes: int, compressed_bytes: int, seconds: float) -> None:
         ratio = raw_bytes / max(1, compressed_bytes)
         rate = raw_bytes / max(seconds, 1e-9)
-        weight = _SMOOTHING if self._measured else 1.0
+        # A small frame says little about memory at large.
+        weight = _SMOOTHING * min(1.0, raw_bytes / _FULL_WEIGHT_BYTES) if self._measured else 1.0
         # Mean of the inverse: what matters is the bytes that remain, not the one page that vanished.
         self.ratio = 1 / ((1 - weight) / self.ratio + weight / ratio)
         self.compress_bytes_per_s += weight * (rate - self.compress_bytes_per_s)
@@ -58,9 +60,10 @@ class CompressionChoice:
 class Compressor:
     """zstd of one frame at a time, with the measurements that the choice needs. Not thread-safe."""
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, clock: Callable[[], float] = time.thread_time) -> None:
         self.choice = CompressionChoice()
         self._zstd = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=False)
+        # The thread's own CPU time: on a wall clock a small sample measures who else wanted the GIL.
         self._clock = clock
         self._frames = 0
 
@@ -75,7 +78,7 @@ class Compressor:
         return packed if len(packed) < data.nbytes * _WORTH_IT else None
 
     def _sample(self, data: memoryview) -> None:
-        """Neighbouring pages from the middle: some of what a whole frame would gain, at 3 % of its cost."""
+        """Neighbouring pages from the middle: some of what a whole frame would gain, at 6 % of its cost."""
         pages = data.nbytes // PAGE_BYTES
         first = max(0, pages - _SAMPLE_PAGES) // 2 * PAGE_BYTES
         self._measured(data[first : first + _SAMPLE_PAGES * PAGE_BYTES])

@@ -114,10 +114,12 @@ class TlsConnection:
         with self._tls_lock:
             if self._incoming.pending or self._tls.pending():
                 return True
+        poll = select.poll()
         try:
-            return bool(select.select([self._socket], [], [], 0)[0])
+            poll.register(self._socket, select.POLLIN)
+            return bool(poll.poll(0))
         except (OSError, ValueError):
-            return False
+            return False  # closed meanwhile: nothing will come
 
     def check_moving(self) -> None:
         """Called now and then while the peer owes us something. Raises ConnectionLost when the link stalls.

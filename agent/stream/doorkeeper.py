@@ -36,7 +36,7 @@ _HANDSHAKES_MAX: Final = 8
 
 
 class Doorkeeper:
-    """Owns the listening socket and its threads; `admit` is called from them with each accepted peer."""
+    """Owns the listening socket and its threads; `admit` and `on_refused` are called from them."""
 
     def __init__(
         self,
@@ -47,6 +47,7 @@ class Doorkeeper:
         *,
         stall_timeout_s: float,
         admit: Callable[[TlsConnection, Hello], None],
+        on_refused: Callable[[str], None],
     ) -> None:
         self._listener = listener
         self._context = context
@@ -54,13 +55,11 @@ class Doorkeeper:
         self._session = session
         self._stall_timeout_s = stall_timeout_s
         self._admit = admit
+        self._on_refused = on_refused
         self._stopping = threading.Event()
         self._lock = threading.Lock()
         self._guests: dict[threading.Thread, socket.socket] = {}
         self._thread = threading.Thread(target=self._accept, name="page-stream-door", daemon=True)
-        self.refused: int = 0
-        """Connections that were not let in."""
-        self.last_refusal: str = ""
 
     def start(self) -> None:
         self._listener.settimeout(TICK_S)
@@ -91,7 +90,7 @@ class Doorkeeper:
             with self._lock:
                 if len(self._guests) >= _HANDSHAKES_MAX:
                     sock.close()
-                    self.refused += 1
+                    self._on_refused(f"more than {_HANDSHAKES_MAX} newcomers at once")
                     continue
                 thread = threading.Thread(
                     target=self._welcome, args=(sock,), name="page-stream-guest", daemon=True
@@ -126,8 +125,7 @@ class Doorkeeper:
                 return
             self._admit(connection, hello)
         except (StreamError, OSError) as error:
-            self.refused += 1
-            self.last_refusal = str(error)
+            self._on_refused(str(error))
         finally:
             with self._lock:
                 del self._guests[threading.current_thread()]

@@ -52,8 +52,13 @@ class StreamReceiver:
         *,
         bind: str = "0.0.0.0",
         port: int = 0,
+        on_refused: Callable[[str], None] = lambda reason: None,
     ) -> None:
-        """`port` 0 takes a free one. Raises LocalError where the port is taken or a certificate is none."""
+        """`port` 0 takes a free one. Raises LocalError where it is taken or a certificate is none.
+
+        `on_refused` hears, in a thread of its own, why a newcomer was not let in: wrong certificate, wrong
+        session, no word in time.
+        """
         context = identity.server_context(peer_certificate_pem)
         try:
             listener = socket.create_server((bind, port), backlog=16)
@@ -80,17 +85,9 @@ class StreamReceiver:
             session,
             stall_timeout_s=_STALL_TIMEOUT_S,
             admit=self._admit,
+            on_refused=on_refused,
         )
         self._listener = listener
-
-    @property
-    def refused(self) -> int:
-        """Connections that were not let in: wrong certificate, wrong session, or no word in time."""
-        return self._door.refused
-
-    @property
-    def last_refusal(self) -> str:
-        return self._door.last_refusal
 
     def serve(
         self,

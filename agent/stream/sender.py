@@ -217,11 +217,15 @@ class StreamSender:
         connection = self._connection
         if connection is not None:
             connection.abort()
-        for thread in (self._writer, self._reader):
-            if thread is not None and thread is not threading.current_thread() and thread.ident is not None:
-                thread.join(self._stall_timeout_s + _OPEN_GIVE_UP_S)
-        if connection is not None:
-            connection.close()
+        if self._writer is not None and self._writer.ident is not None:
+            self._writer.join()  # every wait of its own ends within the stall timeout
+        # It may have reconnected meanwhile: which connection is the last one is known only now.
+        if self._connection is not None:
+            self._connection.abort()
+        if self._reader is not None:
+            self._reader.join()
+        if self._connection is not None:
+            self._connection.close()
 
     def __enter__(self) -> StreamSender:
         self.open()
@@ -436,7 +440,7 @@ class StreamSender:
             raise MalformedFrame(f"the peer's welcome cannot be read: {error}") from error
 
     def _probe(self, connection: TlsConnection) -> None:
-        """1 MiB, then 3 more of which only the last count: past slow start and a shaper's burst."""
+        """1 MiB, then 3 more of which only those count: past slow start and a shaper's burst."""
         noise = random.Random(0).randbytes(DATA_BYTES_MAX)
         header = pack_header(FrameKind.PROBE, len(noise))
         began = time.monotonic()
@@ -446,13 +450,12 @@ class StreamSender:
         if first_s > _PROBE_ENOUGH_S:
             self._goodput.probed(len(noise), first_s)
             return
+        began = time.monotonic()
         for _ in range(_PROBE_MORE):
             connection.send(header, noise)
-        self._await_probed(connection)
-        began = time.monotonic()
-        for _ in range(_PROBE_MORE - 1):
+        for _ in range(_PROBE_MORE):
             self._await_probed(connection)
-        self._goodput.probed(len(noise) * (_PROBE_MORE - 1), time.monotonic() - began)
+        self._goodput.probed(len(noise) * _PROBE_MORE, time.monotonic() - began)
 
     def _await_probed(self, connection: TlsConnection) -> None:
         while True:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 import pytest
@@ -40,10 +41,16 @@ def store() -> Iterator[PageStore]:
 
 @pytest.fixture
 def target(source_identity: Identity, target_identity: Identity, store: PageStore) -> Iterator[Target]:
+    refusals: SimpleQueue[str] = SimpleQueue()
     receiver = StreamReceiver(
-        target_identity, source_identity.certificate_pem, "migration-1", store, bind="127.0.0.1"
+        target_identity,
+        source_identity.certificate_pem,
+        "migration-1",
+        store,
+        bind="127.0.0.1",
+        on_refused=refusals.put,
     )
-    target = Target(receiver, target_identity)
+    target = Target(receiver, target_identity, refusals)
     target.start()
     yield target
     target.end()

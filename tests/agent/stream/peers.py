@@ -7,6 +7,7 @@ import random
 import socket
 import struct
 import threading
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from whimbrel.events.records import PeerAddress
@@ -68,8 +69,11 @@ class Memory:
 class Target:
     """A receiver that serves in a thread, as the worker process will."""
 
-    def __init__(self, receiver: StreamReceiver, target_identity: Identity) -> None:
+    def __init__(
+        self, receiver: StreamReceiver, target_identity: Identity, refusals: SimpleQueue[str] | None = None
+    ) -> None:
         self.receiver = receiver
+        self.refusals = refusals or SimpleQueue()
         self.identity = target_identity
         self.files: dict[str, bytes] = {}
         self.messages: list[bytes] = []
@@ -136,6 +140,7 @@ class CuttingProxy:
     def __exit__(self, *_: object) -> None:
         self._stopping.set()
         self._listener.shutdown(socket.SHUT_RDWR)
+        self._threads[0].join(20)
         self.cut()
         for thread in self._threads:
             thread.join(20)

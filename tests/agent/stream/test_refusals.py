@@ -79,7 +79,7 @@ def test_a_source_with_another_certificate(
     with pytest.raises(WrongPeer, match="refused our certificate"):
         stranger.open()
     stranger.close()
-    assert source_identity.fingerprint in target.receiver.last_refusal
+    assert source_identity.fingerprint in target.refusals.get(timeout=10)
     real.send_message(b"undisturbed")
     real.flush(10)
     assert real.stats().reconnects == 0
