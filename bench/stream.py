@@ -134,10 +134,7 @@ def send(mode: str, folder: Path, address: str, port: int, kind: str, total: int
             trips.append(time.perf_counter() - began)
         sender.send_message(b"the end")
         sender.flush(10)
-        choice = sender._compressor.choice
         result = {
-            "ratio": choice.ratio,
-            "compress_mib_s": choice.compress_bytes_per_s / MIB,
             "seconds": seconds,
             "sent_bytes": stats.sent_bytes - before,
             "cpu_s": cpu,

@@ -68,6 +68,8 @@ class Doorkeeper:
     def stop(self) -> None:
         """Ends all its threads; closes the listener."""
         self._stopping.set()
+        with contextlib.suppress(OSError):  # wakes accept() at once
+            self._listener.shutdown(socket.SHUT_RDWR)
         self._thread.join()
         self._listener.close()
         with self._lock:

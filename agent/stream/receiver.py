@@ -233,7 +233,13 @@ class StreamReceiver:
         unacknowledged_bytes = 0
         acknowledged = self.applied
         while True:
-            tick()
+            try:
+                tick()
+            except _Stopped:
+                # Perhaps set by the callback of the very last message: its sender waits for this.
+                if self.applied > acknowledged:
+                    connection.send(pack_header(FrameKind.ACK, sequence=self.applied))
+                raise
             connection.receive_into(packed, tick)
             header = unpack_header(packed)
             match header.kind:

@@ -220,3 +220,14 @@ def test_the_rate_limit_is_kept_and_known(connect: Connect, store: PageStore) ->
     sender.flush(20)
     memory.assert_stored(store, 1)
     assert sender.stats().link_bytes_per_s <= 8 << 20
+
+
+def test_a_receiver_stopped_by_the_last_message_still_acknowledges_it(
+    connect: Connect, target: Target
+) -> None:
+    target.on_message = lambda message: target.stop.set()
+    sender = connect(give_up_s=2.0)
+    sender.send_message(b"that was all")
+    sender.flush(10)
+    target.wait()
+    assert target.error is None
