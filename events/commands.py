@@ -22,28 +22,28 @@ class Command(msgspec.Struct, frozen=True, kw_only=True, tag_field="verb"):
 # --- to agents ----------------------------------------------------------------------------------------
 
 
-class StartWorkload(Command, tag="start-workload"):
+class StartWorkload(Command, frozen=True, kw_only=True, tag="start-workload"):
     spec: WorkloadSpec
 
 
-class StopWorkload(Command, tag="stop-workload"):
+class StopWorkload(Command, frozen=True, kw_only=True, tag="stop-workload"):
     workload: str
 
 
-class AssessSource(Command, tag="assess-source"):
+class AssessSource(Command, frozen=True, kw_only=True, tag="assess-source"):
     """Answered with a SourceAssessment."""
 
     workload: str
 
 
-class AssessTarget(Command, tag="assess-target"):
+class AssessTarget(Command, frozen=True, kw_only=True, tag="assess-target"):
     """Answered with a TargetAssessment: does what the source listed exist here, is the port free?"""
 
     spec: WorkloadSpec
     files: tuple[FileFact, ...]
 
 
-class PrepareTarget(Command, tag="prepare-target"):
+class PrepareTarget(Command, frozen=True, kw_only=True, tag="prepare-target"):
     """Make the capsule, the page store and a receiver for the source's stream → TargetReady."""
 
     spec: WorkloadSpec
@@ -52,7 +52,7 @@ class PrepareTarget(Command, tag="prepare-target"):
     verify: bool = False
 
 
-class PrepareSource(Command, tag="prepare-source"):
+class PrepareSource(Command, frozen=True, kw_only=True, tag="prepare-source"):
     """Start dirty tracking and open the page stream → SourceReady."""
 
     workload: str
@@ -61,13 +61,13 @@ class PrepareSource(Command, tag="prepare-source"):
     max_bytes_per_s: int | None = None
 
 
-class StartRound(Command, tag="start-round"):
+class StartRound(Command, frozen=True, kw_only=True, tag="start-round"):
     """→ RoundFinished"""
 
     round: int
 
 
-class Freeze(Command, tag="freeze"):
+class Freeze(Command, frozen=True, kw_only=True, tag="freeze"):
     """Freeze, dump, stream, Prepared; the target restores and commits → SourceFrozen, CheckpointStreamed,
     and from the target TargetRestored, TargetResumed, TargetFilled."""
 
@@ -76,31 +76,31 @@ class Freeze(Command, tag="freeze"):
     """Unix time (s) after which either side aborts if the register does not say Committed."""
 
 
-class Abort(Command, tag="abort"):
+class Abort(Command, frozen=True, kw_only=True, tag="abort"):
     """The register says Aborted: source thaws → SourceThawed; target discards → TargetDiscarded."""
 
     reason: str
 
 
-class Release(Command, tag="release"):
+class Release(Command, frozen=True, kw_only=True, tag="release"):
     """The register says Committed: the source kills its frozen copy → SourceReleased."""
 
 
 # --- to the gate --------------------------------------------------------------------------------------
 
 
-class AddRoute(Command, tag="add-route"):
+class AddRoute(Command, frozen=True, kw_only=True, tag="add-route"):
     workload: str
     listen_port: int
     to_address: str
     to_port: int
 
 
-class RemoveRoute(Command, tag="remove-route"):
+class RemoveRoute(Command, frozen=True, kw_only=True, tag="remove-route"):
     workload: str
 
 
-class HoldTraffic(Command, tag="hold-traffic"):
+class HoldTraffic(Command, frozen=True, kw_only=True, tag="hold-traffic"):
     """→ TrafficHeld at once, TrafficDrained when nothing is in flight or after `drain_limit_ms`.
 
     A gate releases to the old backend by itself after `hold_limit_ms` without a flip."""
@@ -110,7 +110,7 @@ class HoldTraffic(Command, tag="hold-traffic"):
     hold_limit_ms: float
 
 
-class FlipTraffic(Command, tag="flip-traffic"):
+class FlipTraffic(Command, frozen=True, kw_only=True, tag="flip-traffic"):
     """Point the route at the new backend and release → TrafficFlipped, TrafficReleased."""
 
     workload: str
@@ -118,13 +118,13 @@ class FlipTraffic(Command, tag="flip-traffic"):
     to_port: int
 
 
-class RollBackTraffic(Command, tag="roll-back-traffic"):
+class RollBackTraffic(Command, frozen=True, kw_only=True, tag="roll-back-traffic"):
     """Release to the backend from before the hold → TrafficRolledBack. Harmless without a hold."""
 
     workload: str
 
 
-class ReadTraffic(Command, tag="read-traffic"):
+class ReadTraffic(Command, frozen=True, kw_only=True, tag="read-traffic"):
     """Answered with RouteStatus."""
 
     workload: str
@@ -158,11 +158,11 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True, tag_field="reply"):
     """Id of the command this answers."""
 
 
-class Accepted(Reply, tag="accepted"):
+class Accepted(Reply, frozen=True, kw_only=True, tag="accepted"):
     pass
 
 
-class Refused(Reply, tag="refused"):
+class Refused(Reply, frozen=True, kw_only=True, tag="refused"):
     """`reason` names what was expected and what was found; `remedy` what to do next."""
 
     reason: str
@@ -179,7 +179,7 @@ class FileFact(msgspec.Struct, frozen=True, kw_only=True):
     writable: bool = False
 
 
-class SourceAssessment(Reply, tag="source-assessment"):
+class SourceAssessment(Reply, frozen=True, kw_only=True, tag="source-assessment"):
     processes: int
     threads: int
     memory_bytes: int
@@ -190,11 +190,11 @@ class SourceAssessment(Reply, tag="source-assessment"):
     """What cannot be checkpointed (io_uring, unsupported mappings, …), each with a remedy."""
 
 
-class TargetAssessment(Reply, tag="target-assessment"):
+class TargetAssessment(Reply, frozen=True, kw_only=True, tag="target-assessment"):
     problems: tuple[str, ...]
 
 
-class RouteStatus(Reply, tag="route-status"):
+class RouteStatus(Reply, frozen=True, kw_only=True, tag="route-status"):
     workload: str
     to_address: str
     to_port: int

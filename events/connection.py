@@ -70,7 +70,14 @@ _ack_decoder = msgspec.json.Decoder(Ack)
 
 
 class _LastingClient(Client):
-    """nats-py closes for good on most `-ERR` lines (maximum payload, slow consumer); this one reconnects."""
+    """nats-py closes for good on most `-ERR` lines (maximum payload, slow consumer) and leaks the sockets of
+    failed attempts; this one does neither."""
+
+    async def _connect_to_server(self, s: Any) -> None:
+        # Or a server that takes the connection and says nothing leaves an open socket for every attempt.
+        if self._transport is not None:
+            self._transport.close()  # type: ignore[no-untyped-call]
+        await super()._connect_to_server(s)
 
     async def _process_err(self, err_msg: str) -> None:
         if "permissions violation" in err_msg.lower():
@@ -119,7 +126,7 @@ class Connection:
                     max_reconnect_attempts=-1,
                     reconnect_time_wait=0.2,  # type: ignore[arg-type]
                     reconnect_to_server_handler=_choose_server,
-                    connect_timeout=max(1, min(5, int(timeout_s))),
+                    connect_timeout=max(1, min(2, int(timeout_s))),
                     ping_interval=2,
                     max_outstanding_pings=2,
                     error_cb=self._heard_error,

@@ -26,16 +26,16 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
 # --- hosts and workloads ------------------------------------------------------------------------------
 
 
-class HostOnline(Event, tag="host.online"):
+class HostOnline(Event, frozen=True, kw_only=True, tag="host.online"):
     agent_version: str
 
 
-class WorkloadStarted(Event, tag="workload.started"):
+class WorkloadStarted(Event, frozen=True, kw_only=True, tag="workload.started"):
     workload: str
     pid: int
 
 
-class WorkloadExited(Event, tag="workload.exited"):
+class WorkloadExited(Event, frozen=True, kw_only=True, tag="workload.exited"):
     workload: str
     exit_code: int
     """As wait status says it: negative for a signal."""
@@ -44,7 +44,7 @@ class WorkloadExited(Event, tag="workload.exited"):
 # --- what the controller says -------------------------------------------------------------------------
 
 
-class MigrationRequested(Event, tag="migration.requested"):
+class MigrationRequested(Event, frozen=True, kw_only=True, tag="migration.requested"):
     workload: str
     source: str
     target: str
@@ -53,14 +53,14 @@ class MigrationRequested(Event, tag="migration.requested"):
     deadline_s: float
 
 
-class MigrationRejected(Event, tag="migration.rejected"):
+class MigrationRejected(Event, frozen=True, kw_only=True, tag="migration.rejected"):
     """Pre-flight found what would have failed; nothing was touched."""
 
     workload: str
     problems: tuple[str, ...]
 
 
-class MigrationDecided(Event, tag="migration.decided"):
+class MigrationDecided(Event, frozen=True, kw_only=True, tag="migration.decided"):
     """One decision of the controller and its reason in numbers."""
 
     action: str
@@ -71,16 +71,16 @@ class MigrationDecided(Event, tag="migration.decided"):
     predicted: PhaseTimes
 
 
-class MigrationPhaseChanged(Event, tag="migration.phase-changed"):
+class MigrationPhaseChanged(Event, frozen=True, kw_only=True, tag="migration.phase-changed"):
     phase: str
     """The name of the state in the core's transition table."""
 
 
-class MigrationCompleted(Event, tag="migration.completed"):
+class MigrationCompleted(Event, frozen=True, kw_only=True, tag="migration.completed"):
     report: MigrationReport
 
 
-class MigrationAborted(Event, tag="migration.aborted"):
+class MigrationAborted(Event, frozen=True, kw_only=True, tag="migration.aborted"):
     """The source runs on as if nothing had happened, and the target is clean."""
 
     workload: str
@@ -92,7 +92,7 @@ class MigrationAborted(Event, tag="migration.aborted"):
 # --- what the source agent says -----------------------------------------------------------------------
 
 
-class SourceReady(Event, tag="source.ready"):
+class SourceReady(Event, frozen=True, kw_only=True, tag="source.ready"):
     """Dirty tracking runs and the page stream to the target is open."""
 
     memory_bytes: int
@@ -102,7 +102,7 @@ class SourceReady(Event, tag="source.ready"):
     """Measured at the start of the stream; 0 while unknown."""
 
 
-class RoundFinished(Event, tag="round.finished"):
+class RoundFinished(Event, frozen=True, kw_only=True, tag="round.finished"):
     """All pages of one pre-copy round were applied to the target's store."""
 
     round: int
@@ -119,12 +119,12 @@ class RoundFinished(Event, tag="round.finished"):
     memory_bytes: int
 
 
-class SourceFrozen(Event, tag="source.frozen"):
+class SourceFrozen(Event, frozen=True, kw_only=True, tag="source.frozen"):
     freeze_ms: float
     dirty_pages: int
 
 
-class CheckpointStreamed(Event, tag="checkpoint.streamed"):
+class CheckpointStreamed(Event, frozen=True, kw_only=True, tag="checkpoint.streamed"):
     """Last pages and CRIU images are at the target; the register says Prepared."""
 
     dump_ms: float
@@ -134,11 +134,11 @@ class CheckpointStreamed(Event, tag="checkpoint.streamed"):
     """All bytes sent for this migration so far."""
 
 
-class SourceReleased(Event, tag="source.released"):
+class SourceReleased(Event, frozen=True, kw_only=True, tag="source.released"):
     """After the commit: the frozen source copy was killed and cleaned up."""
 
 
-class SourceThawed(Event, tag="source.thawed"):
+class SourceThawed(Event, frozen=True, kw_only=True, tag="source.thawed"):
     """After an abort: the source runs on."""
 
     frozen_ms: float
@@ -147,21 +147,21 @@ class SourceThawed(Event, tag="source.thawed"):
 # --- what the target agent says -----------------------------------------------------------------------
 
 
-class TargetReady(Event, tag="target.ready"):
+class TargetReady(Event, frozen=True, kw_only=True, tag="target.ready"):
     """Capsule, page store and stream receiver stand by."""
 
     stream_port: int
     """TCP port of this migration's receiver on the target."""
 
 
-class TargetRestored(Event, tag="target.restored"):
+class TargetRestored(Event, frozen=True, kw_only=True, tag="target.restored"):
     """The processes exist at the target, complete and frozen, waiting for the commit."""
 
     restore_ms: float
     verified_pages: int | None = None
 
 
-class TargetResumed(Event, tag="target.resumed"):
+class TargetResumed(Event, frozen=True, kw_only=True, tag="target.resumed"):
     """The register says Committed and the workload runs at the target."""
 
     commit_ms: float
@@ -169,7 +169,7 @@ class TargetResumed(Event, tag="target.resumed"):
     """True while pages are still only at the source (post-copy)."""
 
 
-class TargetFilled(Event, tag="target.filled"):
+class TargetFilled(Event, frozen=True, kw_only=True, tag="target.filled"):
     """Every page is resident; the store is gone."""
 
     fill_ms: float
@@ -178,14 +178,14 @@ class TargetFilled(Event, tag="target.filled"):
     at_risk_ms: float
 
 
-class TargetDiscarded(Event, tag="target.discarded"):
+class TargetDiscarded(Event, frozen=True, kw_only=True, tag="target.discarded"):
     """After an abort: nothing of this migration is left at the target."""
 
 
 # --- failures -----------------------------------------------------------------------------------------
 
 
-class StepFailed(Event, tag="step.failed"):
+class StepFailed(Event, frozen=True, kw_only=True, tag="step.failed"):
     """An agent could not do what a command asked."""
 
     step: str
@@ -196,12 +196,12 @@ class StepFailed(Event, tag="step.failed"):
 # --- traffic ------------------------------------------------------------------------------------------
 
 
-class TrafficHeld(Event, tag="traffic.held"):
+class TrafficHeld(Event, frozen=True, kw_only=True, tag="traffic.held"):
     workload: str
     connections: int
 
 
-class TrafficDrained(Event, tag="traffic.drained"):
+class TrafficDrained(Event, frozen=True, kw_only=True, tag="traffic.drained"):
     """Nothing is in flight towards the workload, or the drain limit was reached."""
 
     workload: str
@@ -210,20 +210,20 @@ class TrafficDrained(Event, tag="traffic.drained"):
     """Connections still busy when the limit was reached; 0 means clean."""
 
 
-class TrafficFlipped(Event, tag="traffic.flipped"):
+class TrafficFlipped(Event, frozen=True, kw_only=True, tag="traffic.flipped"):
     workload: str
     to_address: str
     to_port: int
 
 
-class TrafficReleased(Event, tag="traffic.released"):
+class TrafficReleased(Event, frozen=True, kw_only=True, tag="traffic.released"):
     workload: str
     impact: TrafficImpact
     flip_ms: float
     """Flip command to the first connection (or first byte) at the new backend."""
 
 
-class TrafficRolledBack(Event, tag="traffic.rolled-back"):
+class TrafficRolledBack(Event, frozen=True, kw_only=True, tag="traffic.rolled-back"):
     workload: str
     impact: TrafficImpact
 

@@ -16,16 +16,16 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag_field="verb", forbi
     """Unix time (s); the controller declines the request after it."""
 
 
-class Run(Request, tag="run"):
+class Run(Request, frozen=True, kw_only=True, tag="run"):
     spec: WorkloadSpec
     host: str
 
 
-class Stop(Request, tag="stop"):
+class Stop(Request, frozen=True, kw_only=True, tag="stop"):
     workload: str
 
 
-class Migrate(Request, tag="migrate"):
+class Migrate(Request, frozen=True, kw_only=True, tag="migrate"):
     workload: str
     target: str
     budget_ms: float = 200.0
@@ -37,7 +37,7 @@ class Migrate(Request, tag="migrate"):
     max_bytes_per_s: int | None = None
 
 
-class AbortMigration(Request, tag="abort-migration"):
+class AbortMigration(Request, frozen=True, kw_only=True, tag="abort-migration"):
     migration: str
 
 

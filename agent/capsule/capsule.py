@@ -49,6 +49,8 @@ class Capsule:
         base = find_cgroup2() / f"whimbrel-{host}" / workload
         self._base = Cgroup(base)
         self.cgroup = Cgroup(base / "workload")
+        self.criu_cgroup = Cgroup(base / "criu")
+        """CRIU while it dumps: killable as a whole without knowing its pids."""
         self._criu_run = root / "criu-run"
         self.keeper_socket = self.folder / "keeper.sock"
         self.files = self.folder / "files"
@@ -68,6 +70,7 @@ class Capsule:
         self.images.mkdir()
         FILES_MOUNT.mkdir(parents=True, exist_ok=True)
         self.cgroup.create()
+        self.criu_cgroup.create()
         binds = [f"{self.files}={FILES_MOUNT}"]
         if not _is_tmpfs(Path("/run")):
             # CRIU keeps its kernel feature cache in /run only if that is a tmpfs; without it every call
@@ -75,7 +78,14 @@ class Capsule:
             self._criu_run.mkdir(exist_ok=True)
             binds.append(f"{self._criu_run}=/run")
         command = ["unshare", "--mount", "--pid", "--fork", "--mount-proc", "--propagation", "private", "--"]
-        command += [sys.executable, "-S", "-m", "whimbrel.agent.capsule.keeper", str(self.keeper_socket), *binds]
+        command += [
+            sys.executable,
+            "-S",
+            "-m",
+            "whimbrel.agent.capsule.keeper",
+            str(self.keeper_socket),
+            *binds,
+        ]
         log = (self.folder / "keeper.log").open("wb")
         try:
             subprocess.Popen(
@@ -177,12 +187,46 @@ class Capsule:
             raise CapsuleError(f"keeper of {self.workload}: {error}") from error
         return connection
 
+    # --- part in a migration --------------------------------------------------------------------------
+
+    def write_role(self, side: str, migration: str) -> None:
+        """Remembered across a crash of the agent: `source` or `target` of which migration."""
+        (self.folder / "role").write_text(f"{side} {migration}")
+
+    def read_role(self) -> tuple[str, str] | None:
+        try:
+            side, migration = (self.folder / "role").read_text().split()
+        except (FileNotFoundError, ValueError):
+            return None
+        return side, migration
+
+    def clear_role(self) -> None:
+        (self.folder / "role").unlink(missing_ok=True)
+
+    def is_alive(self) -> bool:
+        try:
+            self.call("status")
+        except CapsuleError:
+            return False
+        return True
+
+    def let_run(self) -> None:
+        """Undoes a freeze: no CRIU, no covered page tables, thawed. Only ever after ABORTED is stored."""
+        self.criu_cgroup.kill()
+        inner = [int(path.name) for path in Path(f"/proc/{self.keeper_pid()}/root/proc").glob("[0-9]*")]
+        self.call("uncover", paths=[f"/proc/{pid}/pagemap" for pid in inner])
+        self.cgroup.thaw()
+        self.clear_role()
+
+    # --- the end --------------------------------------------------------------------------------------
+
     def destroy(self, timeout_s: float = 10.0) -> None:
         """Kills everything inside, frozen or not, and removes every trace. Harmless when there is none."""
         keeper = None
         with contextlib.suppress(CapsuleError):
             keeper = self.keeper_pid()
         self.cgroup.kill(timeout_s)
+        self.criu_cgroup.kill(timeout_s)
         if keeper:
             pidfd = None
             with contextlib.suppress(OSError):

@@ -130,9 +130,7 @@ class CriuWorker:
             (_Option.LAZY_PAGES, lazy),
         ]
         self._send(_Request.RESTORE, options)
-        return self._finish(
-            "restore", images / "restore.log", timeout_s, {"post-restore": on_post_restore}
-        )
+        return self._finish("restore", images / "restore.log", timeout_s, {"post-restore": on_post_restore})
 
     def _send(self, kind: _Request, options: list[tuple[int, int | bool | str | bytes]]) -> None:
         try:
@@ -157,8 +155,8 @@ class CriuWorker:
                 raise CriuFailed(f"criu {what} died; {_log_errors(log)}")
             fields = dict(decode(data))
             if fields.get(1) == _Request.NOTIFY:
-                script = dict(decode(bytes(fields.get(5, b"")))).get(1, b"")  # type: ignore[arg-type]
-                hook = hooks.get(bytes(script).decode())  # type: ignore[arg-type]
+                script = dict(decode(bytes(fields.get(5, b"")))).get(1, b"")
+                hook = hooks.get(bytes(script).decode())
                 go_on = hook() if hook else True
                 self._socket.send(encode([(1, _Request.NOTIFY), (3, go_on)]))
                 continue

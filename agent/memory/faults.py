@@ -13,6 +13,7 @@ import errno
 import mmap
 import select
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -20,7 +21,7 @@ from whimbrel.agent.memory.pageset import PageSet
 from whimbrel.agent.memory.userfault import PAGE, EventKind, Userfault
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from whimbrel.agent.memory.store import PageStore
 
@@ -44,7 +45,8 @@ class Debt:
     """Data pages not installed yet, by their address in the process now."""
     moved: list[tuple[int, int, int]] = field(default_factory=list)
     """(start, end, delta) of mremap: the store has the page at address - delta. Latest first."""
-    cursor: Iterator[tuple[int, int]] | None = None
+    queue: deque[tuple[int, int]] = field(default_factory=deque)
+    """What the push does next; may name pages that are not owed any more."""
 
     def source_of(self, address: int) -> tuple[int, int]:
         """(address in the store, end of the part of this process's memory that maps alike)."""
@@ -122,24 +124,19 @@ class FaultServer:
     def push_block(self) -> bool:
         """Installs up to PUSH_BYTES of what is owed; False when nothing is owed any more."""
         for debt in list(self._debts.values()):
-            if debt.cursor is None:
-                debt.cursor = iter(debt.owed.copy().runs())
-            run = next(debt.cursor, None)
-            if run is None:
-                # One pass over a copy: what was moved meanwhile is in another.
-                debt.cursor = iter(debt.owed.copy().runs()) if debt.owed else None
-                run = next(debt.cursor, None) if debt.cursor else None
-                if run is None:
-                    continue
-            start, end = run
+            if not debt.queue:
+                debt.queue.extend(debt.owed.runs())
+            if not debt.queue:
+                continue
+            start, end = debt.queue.popleft()
             if end - start > PUSH_BYTES:
-                debt.cursor = _chain((start + PUSH_BYTES, end), debt.cursor)
+                debt.queue.appendleft((start + PUSH_BYTES, end))
                 end = start + PUSH_BYTES
             for first, last in debt.owed.intersection(PageSet.from_runs([(start, end)])).runs():
                 if not self._install(debt, first, last):
                     # An event is waiting: it must be read before anything can be installed.
-                    debt.cursor = _chain((first, end), debt.cursor)
-                    return True
+                    debt.queue.appendleft((first, end))
+                    break
             return True
         return False
 
@@ -273,9 +270,4 @@ def _follow_remap(debt: Debt, start: int, target: int, length: int) -> None:
     for first, last in moving.runs():
         debt.owed.add(first + delta, last + delta)
     debt.moved[:0] = segments
-    debt.cursor = None
-
-
-def _chain(run: tuple[int, int], rest: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    yield run
-    yield from rest
+    debt.queue.clear()

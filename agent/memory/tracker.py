@@ -11,6 +11,7 @@ same on both hosts.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 from dataclasses import dataclass, field
@@ -319,3 +320,23 @@ def _is_alive(pid: int) -> bool:
             return stat.read().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def tracking_works() -> bool:
+    """Tries on this very process, untouched otherwise, whether the kernel can track as we need it."""
+    syscall_number = 323 if os.uname().machine == "x86_64" else 282
+    fd = ctypes.CDLL(None, use_errno=True).syscall(syscall_number, os.O_CLOEXEC | os.O_NONBLOCK | 1)
+    if fd < 0:
+        return False
+    userfault = Userfault(fd)
+    try:
+        userfault.handshake(_FEATURES)
+        with open("/proc/self/pagemap", "rb") as pagemap:
+            PagemapScanner().scan(
+                pagemap.fileno(), 0, PAGE, required=Category(0), any_of=_RESIDENT, protect=False
+            )
+    except OSError:
+        return False
+    finally:
+        userfault.close()
+    return True

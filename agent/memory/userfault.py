@@ -194,7 +194,9 @@ class PagemapScanner:
         be empty: the kernel's fast path for a plain WRITTEN scan also marks pages that do not exist."""
         flags = _PM_SCAN_WP_MATCHING if protect else 0
         runs: list[tuple[int, int]] = []
-        for first, last, _ in self._regions(pagemap_fd, start, end, flags, required, excluded, any_of, any_of):
+        for first, last, _ in self._regions(
+            pagemap_fd, start, end, flags, required, excluded, any_of, any_of
+        ):
             _append(runs, first, last)
         return runs
 

@@ -23,7 +23,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 # --- agent → source worker ----------------------------------------------------------------------------
 
 
-class OpenSource(Message):
+class OpenSource(Message, frozen=True, kw_only=True, tag=True):
     """→ SourceOpened"""
 
     root: str
@@ -36,29 +36,31 @@ class OpenSource(Message):
     max_bytes_per_s: int | None
 
 
-class DoRound(Message):
+class DoRound(Message, frozen=True, kw_only=True, tag=True):
     """→ Sampled…, RoundDone"""
 
     round: int
 
 
-class DoFreeze(Message):
+class DoFreeze(Message, frozen=True, kw_only=True, tag=True):
     """→ Frozen, Dumped (only now may the register say Prepared), Streamed"""
 
     lazy: bool
+    commit_by: float
+    """Unix time (s) by which the register must say Committed."""
     timeout_s: float
 
 
 # --- source worker → agent ----------------------------------------------------------------------------
 
 
-class SourceOpened(Message):
+class SourceOpened(Message, frozen=True, kw_only=True, tag=True):
     memory_bytes: int
     processes: int
     link_bytes_per_s: float
 
 
-class Sampled(Message):
+class Sampled(Message, frozen=True, kw_only=True, tag=True):
     round: int
     resident_pages: int
     dirty_pages: int
@@ -67,7 +69,7 @@ class Sampled(Message):
     sent_bytes_per_s: float
 
 
-class RoundDone(Message):
+class RoundDone(Message, frozen=True, kw_only=True, tag=True):
     round: int
     pages: int
     zero_pages: int
@@ -79,18 +81,18 @@ class RoundDone(Message):
     memory_bytes: int
 
 
-class Frozen(Message):
+class Frozen(Message, frozen=True, kw_only=True, tag=True):
     freeze_ms: float
     dirty_pages: int
 
 
-class Dumped(Message):
+class Dumped(Message, frozen=True, kw_only=True, tag=True):
     """The checkpoint is complete and the cgroup is frozen."""
 
     dump_ms: float
 
 
-class Streamed(Message):
+class Streamed(Message, frozen=True, kw_only=True, tag=True):
     """Everything is applied at the target."""
 
     stream_ms: float
@@ -101,7 +103,7 @@ class Streamed(Message):
 # --- agent → target worker ----------------------------------------------------------------------------
 
 
-class OpenTarget(Message):
+class OpenTarget(Message, frozen=True, kw_only=True, tag=True):
     """→ TargetOpened; then, led by the stream: ImagesArrived, Restored, and after Verdict: Resumed, Filled"""
 
     root: str
@@ -114,7 +116,7 @@ class OpenTarget(Message):
     verify: bool
 
 
-class Verdict(Message):
+class Verdict(Message, frozen=True, kw_only=True, tag=True):
     """What the register says: `go` lets the restored processes run, else they are killed."""
 
     go: bool
@@ -123,22 +125,23 @@ class Verdict(Message):
 # --- target worker → agent ----------------------------------------------------------------------------
 
 
-class TargetOpened(Message):
+class TargetOpened(Message, frozen=True, kw_only=True, tag=True):
     port: int
 
 
-class Restored(Message):
+class Restored(Message, frozen=True, kw_only=True, tag=True):
     """All processes exist, complete, and none has run."""
 
     restore_ms: float
     verified_pages: int | None
+    commit_by: float
 
 
-class Resumed(Message):
+class Resumed(Message, frozen=True, kw_only=True, tag=True):
     resume_ms: float
 
 
-class Filled(Message):
+class Filled(Message, frozen=True, kw_only=True, tag=True):
     fill_ms: float
     faults: int
     fault_p99_us: float
@@ -147,7 +150,7 @@ class Filled(Message):
 # --- both ---------------------------------------------------------------------------------------------
 
 
-class Failed(Message):
+class Failed(Message, frozen=True, kw_only=True, tag=True):
     step: str
     reason: str
     remedy: str
@@ -180,7 +183,8 @@ def encode(message: AnyMessage) -> bytes:
 
 
 def decode(data: bytes) -> AnyMessage:
-    return _decoder.decode(data)
+    message: AnyMessage = _decoder.decode(data)
+    return message
 
 
 class Channel:

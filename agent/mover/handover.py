@@ -22,9 +22,10 @@ class Final(msgspec.Struct, frozen=True, kw_only=True):
     """What must be true at the target before anything may run there."""
 
     lazy: bool
+    commit_by: float
+    """Unix time (s): restored later than this, it is discarded."""
     pages: dict[int, bytes]
     """Packed PageSet per space: every private page that was resident at the freeze."""
     last_pid: int
     root_pid: int
     verify: bool
-

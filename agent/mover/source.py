@@ -87,6 +87,17 @@ class FilePages:
         self.sent[space] = new
         return changed
 
+    def read(self, space: int, runs: list[tuple[int, int]], buffer: memoryview) -> int:
+        """A page reader that gives the copies themselves: what is sent must be what the next comparison
+        starts from, even if the process writes the page in between."""
+        copies = self.sent[space]
+        done = 0
+        for start, end in runs:
+            for at in range(start, end, PAGE):
+                buffer[done : done + PAGE] = copies[at]
+                done += PAGE
+        return done
+
 
 class SourceMover:
     """One migration of one workload, seen from its source. One thread calls it."""
@@ -130,7 +141,7 @@ class SourceMover:
     def _prepare_criu(self) -> None:
         # Started ahead of time, so that loading it is not part of the downtime.
         if self._criu is None:
-            self._criu = CriuWorker(self._capsule.keeper_pid())
+            self._criu = CriuWorker(self._capsule.keeper_pid(), cgroup_procs=self._capsule.criu_cgroup.procs)
 
     def round(self, number: int) -> RoundDone:
         """Sends what was written since the last round; returns when the target has applied it."""
@@ -141,8 +152,13 @@ class SourceMover:
         self._last_scan = time.monotonic()
         written = self._tracker.collect()
         self._follow_pids()
+        total = sum(len(pages) for pages in written.values())
         for space, pages in self._tracker.file_private_pages().items():
-            written.setdefault(space, PageSet()).update(self._file_pages.changed(space, pages, self._reader))
+            changed = self._file_pages.changed(space, pages, self._reader)
+            total += len(changed)
+            self._sender.send_pages(space, changed.runs(), self._file_pages.read)
+            if space in written:
+                written[space].difference_update(pages)
         for space, pages in written.items():
             self._sender.send_pages(space, pages.runs(), self._read_and_sample)
         self._sender.flush(_FLUSH_TIMEOUT_S)
@@ -150,7 +166,6 @@ class SourceMover:
         after = self._sender.stats()
         dirty = self._tracker.count_written()
         seconds = max(ended - began, 1e-6)
-        total = sum(len(pages) for pages in written.values())
         return RoundDone(
             round=number,
             pages=total,
@@ -211,14 +226,18 @@ class SourceMover:
         early = tracker.frozen_pages(lambda mapping: locked or _early(mapping))
         for space, pages in early.items():
             files = _file_part(tracker.spaces[space].mappings, pages.resident)
-            tracked = pages.written.difference(files)
-            tracked.update(self._file_pages.changed(space, files, self._reader))
-            self._sender.send_pages(space, tracked.runs(), self._reader.read)
+            changed = self._file_pages.changed(space, files, self._reader)
+            self._sender.send_pages(space, changed.runs(), self._file_pages.read)
+            self._sender.send_pages(space, pages.written.difference(files).runs(), self._reader.read)
         frozen_at = time.monotonic()
 
         dump = _Dump(self, status["root"], order.timeout_s)
-        dump.start()
+        # With --verify nothing may overlap: while CRIU's parasite runs, the kernel updates the rseq area in
+        # each thread's TLS, and a hash taken before would differ from a page read after.
+        if not self._order.verify:
+            dump.start()
         late = tracker.frozen_pages(lambda mapping: not locked and not _early(mapping))
+        resident = {space: _union(early[space].resident, late[space].resident) for space in tracker.spaces}
         self._channel.send(
             Frozen(
                 freeze_ms=(frozen_at - began) * 1e3,
@@ -228,6 +247,9 @@ class SourceMover:
         try:
             for space, pages in late.items():
                 self._sender.send_pages(space, pages.written.runs(), self._reader.read)
+            if self._order.verify:
+                self._send_digests(resident)
+                dump.start()
         finally:
             dump.join()
         dumped_at = time.monotonic()
@@ -235,19 +257,15 @@ class SourceMover:
             raise CheckpointFailed("expected the workload's cgroup frozen after the dump, found it running")
         self._channel.send(Dumped(dump_ms=(dumped_at - frozen_at) * 1e3))
         image_bytes = self._send_images()
-        resident = {
-            space: _union(early[space].resident, late[space].resident) for space in tracker.spaces
-        }
         final = handover.Final(
             lazy=order.lazy,
+            commit_by=order.commit_by,
             pages={space: pages.pack() for space, pages in resident.items()},
             last_pid=int(self._capsule.call("last_pid")["was"]),
             root_pid=int(status["root"]),
             verify=self._order.verify,
         )
         self._sender.send_file(handover.FINAL, msgspec.msgpack.encode(final))
-        if self._order.verify:
-            self._send_digests(resident)
         self._sender.send_message(handover.COMPLETE)
         self._sender.flush(order.timeout_s)
         return Streamed(
@@ -325,6 +343,8 @@ class _Dump(threading.Thread):
             self._error = error
 
     def join(self, timeout: float | None = None) -> None:
+        if self.ident is None:
+            return  # never started: what failed before is on its way up
         super().join(timeout if timeout is not None else self._timeout_s + 10)
         if self.is_alive():
             raise CriuFailed(f"criu dump did not end within {self._timeout_s + 10:g} s")

@@ -161,7 +161,11 @@ class TargetMover:
 
         def judge() -> bool:
             self._channel.send(
-                Restored(restore_ms=(time.monotonic() - began) * 1e3, verified_pages=verified)
+                Restored(
+                    restore_ms=(time.monotonic() - began) * 1e3,
+                    verified_pages=verified,
+                    commit_by=final.commit_by,
+                )
             )
             go = self._verdict.get(timeout=_VERDICT_TIMEOUT_S)
             resumed_at.append(time.monotonic())
@@ -170,9 +174,7 @@ class TargetMover:
             return go
 
         try:
-            criu.restore(
-                images=images, lazy=final.lazy, timeout_s=_RESTORE_TIMEOUT_S, on_post_restore=judge
-            )
+            criu.restore(images=images, lazy=final.lazy, timeout_s=_RESTORE_TIMEOUT_S, on_post_restore=judge)
         finally:
             criu.close()
         self._channel.send(Resumed(resume_ms=(time.monotonic() - resumed_at[0]) * 1e3))

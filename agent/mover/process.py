@@ -1,0 +1,110 @@
+"""The agent's handle on a worker process: started beside the event loop, heard on it, ended by it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from whimbrel.agent.mover.channel import MESSAGE_BYTES_MAX, AnyMessage, Failed, Message, decode, encode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+_log = logging.getLogger(__name__)
+_END_TIMEOUT_S: Final = 15.0
+
+M = TypeVar("M", bound=Message)
+
+
+class WorkerFailed(Exception):
+    """The worker said that it failed, or is gone."""
+
+    def __init__(self, step: str, reason: str, remedy: str) -> None:
+        super().__init__(f"{step}: {reason}")
+        self.step = step
+        self.reason = reason
+        self.remedy = remedy
+
+
+class WorkerProcess:
+    """One worker; messages other than the one waited for go to `on_message`."""
+
+    def __init__(self, module: str, log: Path, on_message: Callable[[AnyMessage], None]) -> None:
+        self._module = module
+        self._log_path = log
+        self._on_message = on_message
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        self._socket = ours
+        with log.open("ab") as output:
+            try:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", module, str(theirs.fileno())],
+                    pass_fds=(theirs.fileno(),),
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                )
+            finally:
+                theirs.close()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def send(self, message: AnyMessage) -> None:
+        """Raises WorkerFailed where the worker is gone."""
+        try:
+            self._socket.send(encode(message))
+        except OSError as error:
+            raise self._gone(f"could not be told {type(message).__name__}: {error}") from error
+
+    async def expect(self, kind: type[M], timeout_s: float) -> M:
+        """The next message of `kind`. Raises WorkerFailed on Failed, end of the worker, or silence."""
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    data = await loop.sock_recv(self._socket, MESSAGE_BYTES_MAX)
+                    if not data:
+                        raise self._gone("ended")
+                    message = decode(data)
+                    if isinstance(message, Failed):
+                        raise WorkerFailed(message.step, message.reason, message.remedy)
+                    if isinstance(message, kind):
+                        return message
+                    self._on_message(message)
+        except TimeoutError as error:
+            raise self._gone(f"expected {kind.__name__} within {timeout_s:g} s, heard nothing") from error
+        except OSError as error:
+            raise self._gone(str(error)) from error
+
+    def _gone(self, what: str) -> WorkerFailed:
+        words = ""
+        with contextlib.suppress(OSError):
+            lines = self._log_path.read_text(errors="replace").strip().splitlines()
+            words = lines[-1][:300] if lines else ""
+        return WorkerFailed(
+            self._module.rpartition(".")[2],
+            f"worker pid {self.pid} {what}; exit {self._process.poll()}; {words}",
+            "see the agent's log folder; the register decides which copy lives",
+        )
+
+    async def close(self) -> None:
+        """The closed channel tells the worker to clean up; it is killed if it does not in time."""
+        self._socket.close()
+        try:
+            await asyncio.to_thread(self._process.wait, _END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            _log.warning("worker %s pid %d did not end, killing it", self._module, self.pid)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, 9)
+            await asyncio.to_thread(self._process.wait)

@@ -1,0 +1,183 @@
+"""One migration seen from its target: prepare, take pages, restore, and run only what the register says.
+
+What was restored here runs after COMMITTED is stored, which this side writes itself over the source's
+PREPARED; whatever happens before ends in ABORTED and in nothing of the migration being left."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+from whimbrel.agent.mover.channel import Filled, OpenTarget, Restored, Resumed, TargetOpened, Verdict
+from whimbrel.agent.mover.process import WorkerFailed, WorkerProcess
+from whimbrel.agent.register import DecisionRegister
+from whimbrel.events.facts import (
+    StepFailed,
+    TargetDiscarded,
+    TargetFilled,
+    TargetReady,
+    TargetRestored,
+    TargetResumed,
+)
+from whimbrel.events.ids import new_id
+from whimbrel.events.records import Decision
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from whimbrel.agent.capsule.capsule import Capsule
+    from whimbrel.agent.workloads import Workloads
+    from whimbrel.events.bus import Bus
+    from whimbrel.events.commands import PrepareTarget
+
+_log = logging.getLogger(__name__)
+
+_OPEN_TIMEOUT_S: Final = 30.0
+_MIGRATION_TIMEOUT_S: Final = 24 * 3600.0
+_RESUME_TIMEOUT_S: Final = 60.0
+
+
+class TargetSide:
+    """Owns the worker and the follow-up task of one migration."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        host: str,
+        root: Path,
+        identity_folder: Path,
+        workloads: Workloads,
+        order: PrepareTarget,
+    ) -> None:
+        assert order.migration is not None
+        self.migration = order.migration
+        self._bus = bus
+        self._host = host
+        self._root = root
+        self._identity_folder = identity_folder
+        self._workloads = workloads
+        self._order = order
+        self._capsule: Capsule = workloads.capsule(order.spec.name)
+        self._register = DecisionRegister(bus, self.migration, f"target:{host}")
+        self._worker: WorkerProcess | None = None
+        self._busy = asyncio.Lock()
+        self._task: asyncio.Task[None] | None = None
+        self._ended = False
+        self._made = False
+
+    def prepare(self) -> None:
+        self._task = asyncio.create_task(self._guarded(), name=f"target of {self.migration}")
+
+    async def abort(self, cause: str, reason: str) -> Decision:
+        """ABORTED: nothing of the migration is left here. COMMITTED: too late, nothing is done."""
+        decision = await self._register.abort(reason)
+        if decision is Decision.ABORTED:
+            await self._discard(cause)
+        return decision
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        if self._worker is not None:
+            await self._worker.close()
+            self._worker = None
+
+    async def _guarded(self) -> None:
+        try:
+            await self._follow()
+        except WorkerFailed as error:
+            await self._failed(error.step, error.reason, error.remedy)
+        except Exception as error:
+            _log.exception("target side of %s", self.migration)
+            await self._failed("target", f"{type(error).__name__}: {error}", "see the agent's log")
+
+    async def _follow(self) -> None:
+        order = self._order
+        await asyncio.to_thread(self._capsule.create)
+        self._made = True
+        self._capsule.write_role("target", self.migration)
+        worker = WorkerProcess(
+            "whimbrel.agent.mover.target_worker", self._capsule.folder / "target.log", lambda _: None
+        )
+        self._worker = worker
+        worker.send(
+            OpenTarget(
+                root=str(self._root),
+                host=self._host,
+                workload=order.spec.name,
+                migration=self.migration,
+                source=order.source,
+                identity_folder=str(self._identity_folder),
+                bind="0.0.0.0",
+                verify=order.verify,
+            )
+        )
+        opened = await worker.expect(TargetOpened, _OPEN_TIMEOUT_S)
+        self._say(TargetReady(**self._envelope(), stream_port=opened.port))
+        restored = await worker.expect(Restored, _MIGRATION_TIMEOUT_S)
+        restored_at = time.monotonic()
+        decision = await self._register.commit(restored.commit_by)
+        worker.send(Verdict(go=decision is Decision.COMMITTED))
+        self._say(
+            TargetRestored(
+                **self._envelope(), restore_ms=restored.restore_ms, verified_pages=restored.verified_pages
+            )
+        )
+        if decision is not Decision.COMMITTED:
+            raise WorkerFailed("restore", "aborted before the commit", "the source runs on")
+        await worker.expect(Resumed, _RESUME_TIMEOUT_S)
+        self._say(TargetResumed(**self._envelope(), commit_ms=(time.monotonic() - restored_at) * 1e3))
+        self._workloads.watch(order.spec.name)
+        filled = await worker.expect(Filled, _MIGRATION_TIMEOUT_S)
+        self._capsule.clear_role()
+        self._say(
+            TargetFilled(
+                **self._envelope(),
+                fill_ms=filled.fill_ms,
+                faults=filled.faults,
+                fault_p99_us=filled.fault_p99_us,
+                # Every page was here before the commit: the target never needed the source again.
+                at_risk_ms=0.0,
+            )
+        )
+        self._ended = True
+        await worker.close()
+        self._worker = None
+
+    async def _failed(self, step: str, reason: str, remedy: str) -> None:
+        if self._ended:
+            return
+        _log.warning("migration %s: %s: %s", self.migration, step, reason)
+        if await self._register.abort(reason) is Decision.ABORTED:
+            await self._discard(self._order.id, quiet=True)
+        self._say(StepFailed(**self._envelope(), step=step, reason=reason, remedy=remedy))
+
+    async def _discard(self, cause: str, *, quiet: bool = False) -> None:
+        async with self._busy:
+            if not self._ended:
+                self._ended = True
+                # The capsule first: it must be impossible for anything in it to run any more.
+                if self._made:
+                    await asyncio.to_thread(self._capsule.destroy)
+                if self._worker is not None:
+                    await self._worker.close()
+                    self._worker = None
+            if not quiet:
+                self._say(TargetDiscarded(**{**self._envelope(), "cause": cause}))
+
+    def _envelope(self) -> dict[str, Any]:
+        return {
+            "id": new_id(),
+            "at": time.time(),
+            "host": self._host,
+            "migration": self.migration,
+            "cause": self._order.id,
+        }
+
+    def _say(self, event: Any) -> None:
+        self._bus.publish_soon(event)
