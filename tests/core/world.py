@@ -136,9 +136,7 @@ class World:
     def _send(self, host: str, command: commands.AnyCommand) -> None:
         self.commands.append(command)
         if self._chance(self.chances.agent_dies) and host != "gate":
-            self.dead.add(host)
-            if host == "a" and self.source_frozen:
-                pass  # A frozen workload stays frozen while its agent is away.
+            self.dead.add(host)  # A frozen workload stays frozen while its agent is away.
         if host in self.dead or self._chance(self.chances.lost):
             self._at(command.expires_at, stimuli.NotReached(host=host, command=command.id, reason="silence"))
             if host in self.dead or self._chance(0.5):
@@ -223,6 +221,9 @@ class World:
             self._decide(Decision.COMMITTED)
             self.target_runs = True
             self._check()
+            if self._chance(self.chances.agent_dies):
+                self.dead.add("b")
+                return  # The workload runs, but nobody says so.
             self._say(facts.TargetResumed)
             self._at(self.now + 0.2, lambda: self._say(facts.TargetFilled))
 
