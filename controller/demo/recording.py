@@ -75,7 +75,8 @@ class Recording:
 
     def _svg(self, frame: tuple[RenderableType, ...], blank_lines: int, number: int) -> str:
         console = self._drawn(frame)
-        console.print("\n" * blank_lines, end="")
+        for _ in range(blank_lines):
+            console.print()
         return console.export_svg(title=self._title, unique_id=f"f{number}")
 
 
