@@ -5,6 +5,7 @@ Runs in the namespace of the far device. Arguments: its name, the descriptor of 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import select
@@ -38,7 +39,8 @@ def carry(near: int, far: int, delay_s: float) -> None:
                 continue
         while under_way and under_way[0][0] <= time.monotonic():
             _, to, packet = under_way.popleft()
-            os.write(to, packet)
+            with contextlib.suppress(OSError):  # the device is not up yet: lost, as on any link
+                os.write(to, packet)
 
 
 if __name__ == "__main__":

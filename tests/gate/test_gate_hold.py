@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 from tests.gate.conftest import until
 
+from whimbrel.controller.traffic.gate.relay import Phase
 from whimbrel.controller.traffic.gate.route import RouteLimits
 from whimbrel.controller.traffic.provider import Drained, Released, TrafficError
 
@@ -509,3 +510,41 @@ async def test_two_hundred_new_clients_during_a_hold_are_all_answered(
     report = await release(route.release())
     assert (report.impact.failed, report.impact.held) == (0, 200)
     assert [await client.line() for client in clients[:150]] == [f"b {number}" for number in range(150)]
+
+
+async def test_backend_killed_with_an_answer_owed_is_a_reset_at_the_flip_and_not_a_clean_end(
+    start_backend: StartBackend, open_route: OpenRoute, connect: Connect
+) -> None:
+    a, b = await start_backend("a"), await start_backend("b")
+    route = open_route(a.at)
+    busy = await connect(route.listen_port)
+    await busy.ask("echo 1")
+    busy.send("mute 2\n")
+    await route_has_read(route)
+    assert (await drain(route, drain_limit_ms=20)).in_flight == 1
+    await a.kill()
+    await until(lambda: all(relay.phase is Phase.LOST for relay in route._relays))
+    await route.flip(b.at)
+    assert (await release(route.release())).impact.failed == 1
+    assert await is_reset(busy)
+
+
+async def test_route_closed_while_held_ends_hold_and_connections(
+    start_backend: StartBackend, open_route: OpenRoute, connect: Connect
+) -> None:
+    a = await start_backend("a")
+    route = open_route(a.at)
+    idle, busy = await connect(route.listen_port), await connect(route.listen_port)
+    await idle.ask("echo 1")
+    await busy.ask("echo 1")
+    busy.send("mute 2\n")
+    await route_has_read(route)
+    await route.hold(**LIMITS)
+    drained = asyncio.ensure_future(route.drained())
+    await asyncio.sleep(0)
+    route.close()
+    async with asyncio.timeout(10):
+        await drained
+    assert not route.held
+    assert await is_reset(idle)
+    assert await is_reset(busy)

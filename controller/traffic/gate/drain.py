@@ -3,8 +3,8 @@
 A connection is settled when the backend spoke last, has been quiet for a while and everything the client had
 sent is acknowledged. At L4 no more can be known. Three things make that a good sign in practice:
 - a client that is answered is fenced at once, so that a closed loop of requests comes to rest after one
-  answer; unless it has sent more by then, or sends more sooner than it could have seen the answer: that may be
-  the rest of a request whose beginning the backend has, and goes there too;
+  answer; unless it has sent more by then, or sends more sooner than it could have seen the answer: that may
+  be the rest of a request whose beginning the backend has, and goes there too;
 - after large requests or answers the quiet time is longer: pieces may be apart by a turn of the scheduler;
 - who is still busy at the limit stays in flight for good, even if it looks quiet later: from then on the
   backend may be frozen in the middle of an answer, and a truncated answer must not be continued.
