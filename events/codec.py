@@ -24,14 +24,26 @@ _encoder = msgspec.json.Encoder()
 
 
 def encode(message: object) -> bytes:
-    """JSON of a struct; raises Malformed where it is too large for the bus."""
+    """JSON of a struct; raises Malformed where it is too large for the bus, or could not be read back."""
     payload = _encoder.encode(message)
+    check_readable(type(message).__name__, payload, type(message))
     if len(payload) > MESSAGE_BYTES_MAX:
         raise Malformed(
             f"{type(message).__name__} was expected to take at most {MESSAGE_BYTES_MAX} bytes, takes "
             f"{len(payload)}: shorten its lists"
         )
     return payload
+
+
+def check_readable(name: str, payload: bytes, type_: type) -> None:
+    """Raises Malformed: better told to who writes (a NaN, a None, a wrong type) than to all who read."""
+    try:
+        msgspec.json.decode(payload, type=type_)
+    except msgspec.MsgspecError as error:
+        raise Malformed(
+            f"a {name} has a value that its reader could not decode: {error}; "
+            "a null there may have been a float that is no number: send values of the declared types"
+        ) from error
 
 
 def tag_of(message: object) -> str:

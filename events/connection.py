@@ -337,6 +337,9 @@ class Connection:
                 # the subscription a moment later.
                 await self._client.flush(timeout=5)
                 await self._client.flush(timeout=5)
+        except TimeoutError:
+            # No pong: the connection is breaking, and the client subscribes again when it is back.
+            log.info("subscribed to %s without hearing back", subject)
         except (nats.errors.Error, ValueError) as error:
             raise Unreachable(f"could not subscribe to {subject}: {error}") from error
         if (refusal := self._denied_subscriptions.pop(subject.lower(), None)) is not None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import msgspec
 
+from whimbrel.events.codec import check_readable
 from whimbrel.events.errors import BusError, KeyTaken, Malformed, StoreRefused, Unreachable, WrongRevision
 from whimbrel.events.ids import new_id
 from whimbrel.events.pull import Position, Pull
@@ -291,7 +292,9 @@ class Table(Generic[R]):
         return ack.seq
 
     def _encode(self, key: str, value: R) -> bytes:
-        data = value if isinstance(value, bytes) else msgspec.json.encode(value)
+        data: bytes = value if isinstance(value, bytes) else msgspec.json.encode(value)
+        if not isinstance(value, bytes):
+            check_readable(f"record {self.name}/{key}", data, self._record)
         if len(data) > _RECORD_BYTES_MAX:
             raise Malformed(
                 f"{self.name}/{key} was expected to take at most {_RECORD_BYTES_MAX} bytes, "

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from whimbrel.events import cloudevents, codec, records
 from whimbrel.events.commands import AnyCommand, AnyReply
 from whimbrel.events.errors import Malformed
-from whimbrel.events.facts import AnyEvent
+from whimbrel.events.facts import AnyEvent, WorkloadStarted
 from whimbrel.events.ids import new_id, time_of
 from whimbrel.events.requests import AnyAnswer, AnyRequest
 from whimbrel.events.samples import PageSample
@@ -82,6 +82,13 @@ def test_anything_else_is_malformed_never_another_error(payload: bytes) -> None:
         with pytest.raises(Malformed):
             kind.decode(payload)
     assert isinstance(codec.id_of(payload), str)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "1.0"])
+def test_what_no_reader_could_decode_is_refused_at_the_sender(value: Any) -> None:
+    event = WorkloadStarted(id="i", at=value, host="a", workload="w", pid=1)
+    with pytest.raises(Malformed, match=r"WorkloadStarted.*`\$\.at`"):
+        codec.encode(event)
 
 
 def test_deeply_nested_json_is_malformed() -> None:

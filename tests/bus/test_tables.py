@@ -171,6 +171,13 @@ async def test_a_record_too_large_is_refused_with_both_sizes(bus: Bus) -> None:
         await bus.registers.put("m1", register(Decision.ABORTED, "x" * 600_000))
 
 
+async def test_a_record_no_reader_could_decode_is_not_written(bus: Bus) -> None:
+    nan = Register(migration="m1", decision=Decision.PREPARED, by="x", at=float("nan"))
+    with pytest.raises(Malformed, match=r"record registers/m1.*`\$\.at`"):
+        await bus.registers.create("m1", nan)
+    assert await bus.registers.get("m1") is None
+
+
 async def seen_of(
     changes: AsyncGenerator[tuple[str, Entry[Register] | None], None], count: int
 ) -> dict[str, Register | None]:

@@ -160,6 +160,38 @@ async def test_a_command_is_not_delivered_after_an_outage(
             assert handled == [fresh.id]
 
 
+async def test_what_is_served_and_read_during_an_outage_works_after_it(
+    tmp_path: Path,
+    eventually: Eventually,
+    make_event: MakeEvent,
+    make_command: Callable[..., StopWorkload],
+) -> None:
+    async def handle(command: AnyCommand) -> AnyReply:
+        return Accepted(command=command.id)
+
+    first = EmbeddedServer(tmp_path)
+    await first.start()
+    async with await Bus.connect(first.url, "one") as bus, asyncio.timeout(40):
+        await first.stop()
+        await eventually(lambda: not bus.connected)
+        serving = await bus.serve_commands("a", handle)
+        live = bus.subscribe_live()
+        await live.open()
+        events = bus.subscribe()
+        opening = asyncio.create_task(events.open())
+        async with EmbeddedServer(tmp_path, port=first.port):
+            await opening
+            command = make_command()
+            assert await bus.command("a", command, timeout_s=10) == Accepted(command=command.id)
+            event = make_event()
+            await bus.publish(event)
+            assert await anext(live) == event
+            assert await anext(events) == event
+            await events.close()
+            await live.close()
+            await serving.close()
+
+
 async def test_a_command_outlives_the_death_of_the_server(
     server: EmbeddedServer, bus: Bus, other_bus: Bus, make_command: Callable[..., StopWorkload]
 ) -> None:
