@@ -29,12 +29,18 @@ PHASES = PhaseTimes.__struct_fields__
 ROUNDS_SHOWN_MAX = 12
 
 
-def size(count: float) -> str:
-    """Bytes as B, KiB, MiB or GiB."""
+def size(bytes_: float) -> str:
+    """Bytes as B, KiB, MiB or GiB, in at most three digits or two and a decimal."""
     for unit, step in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if count >= step:
-            return f"{count / step:.1f} {unit}"
-    return f"{count:.0f} B"
+        if bytes_ >= step:
+            value = bytes_ / step
+            return f"{value:.0f} {unit}" if value >= 100 else f"{value:.1f} {unit}"
+    return f"{bytes_:.0f} B"
+
+
+def count(number: int) -> str:
+    """At most six characters: 812, 9,999, 170k."""
+    return f"{number:,}" if number < 10_000 else f"{number / 1000:.0f}k"
 
 
 def rate(bytes_per_s: float) -> str:
@@ -67,7 +73,7 @@ def migration(progress: MigrationProgress) -> RenderableType:
 
 def _rounds(progress: MigrationProgress) -> RenderableType:
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("round", "pages", "sent", "took", "link", "dirty pages", "dirty rate", "predicted"):
+    for name in ("round", "pages", "sent", "link", "dirty", "dirtied", "predicted"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("decision", no_wrap=True)
     rounds = [progress.rounds[number] for number in sorted(progress.rounds)][-ROUNDS_SHOWN_MAX:]
@@ -75,11 +81,10 @@ def _rounds(progress: MigrationProgress) -> RenderableType:
         done, decided = entry.finished, entry.decided
         table.add_row(
             str(done.round),
-            f"{done.pages:,}",
+            count(done.pages),
             size(done.sent_bytes),
-            milliseconds(done.duration_ms),
             rate(done.link_bytes_per_s),
-            f"{done.dirty_pages:,}",
+            count(done.dirty_pages),
             rate(done.dirty_bytes_per_s),
             milliseconds(decided.predicted_ms) if decided else "…",
             Text(decided.action, style="bold") if decided else "",
@@ -90,9 +95,8 @@ def _rounds(progress: MigrationProgress) -> RenderableType:
             Text(f"{sample.round}", style="yellow"),
             "…",
             size(sample.sent_bytes),
-            "",
             rate(sample.sent_bytes_per_s),
-            f"{sample.dirty_pages:,}",
+            count(sample.dirty_pages),
             rate(sample.dirty_bytes_per_s),
             "",
             "",
