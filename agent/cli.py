@@ -35,6 +35,10 @@ def agent(
     state_dir: Annotated[Path, typer.Option(help="Where it keeps workloads' state and its key.")] = Path(
         "/var/lib/whimbrel/agent"
     ),
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder on tmpfs for page stores and capsules; default /dev/shm/whimbrel/HOST."),
+    ] = None,
     nats: Annotated[
         str, typer.Option("--nats", envvar="WHIMBREL_NATS", help="NATS server(s).")
     ] = "nats://127.0.0.1:4222",
@@ -52,7 +56,9 @@ def agent(
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     async def main() -> None:
-        task = asyncio.ensure_future(run_agent(bus_url=nats, host=host, address=address, state_dir=state_dir))
+        task = asyncio.ensure_future(run_agent(
+                bus_url=nats, host=host, address=address, state_dir=state_dir, run_dir=run_dir
+            ))
         stopped = False
 
         def stop() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -209,10 +210,25 @@ def _remember(sides: dict[str, S], migration: str, side: S) -> None:
         sides.pop(next(iter(sides)))
 
 
-async def run_agent(*, bus_url: str, host: str, address: str, state_dir: Path) -> None:
-    """Runs the agent of `host` until cancelled. Raises BusError where the bus cannot be reached at start."""
-    root = RUN_ROOT / host
+async def run_agent(
+    *, bus_url: str, host: str, address: str, state_dir: Path, run_dir: Path | None = None
+) -> None:
+    """Runs the agent of `host` until cancelled. Raises BusError where the bus cannot be reached at start.
+
+    `run_dir` is a folder on tmpfs that no other agent uses; its path also names the agent's cgroups."""
+    root = run_dir or RUN_ROOT / host
     root.mkdir(parents=True, exist_ok=True)
     state_dir.mkdir(parents=True, exist_ok=True)
     async with await Bus.connect(bus_url, f"agent-{host}") as bus:
-        await Agent(bus, host, address, root, state_dir).run()
+        try:
+            await Agent(bus, host, address, root, state_dir).run()
+        finally:
+            _leave(root)
+
+
+def _leave(root: Path) -> None:
+    """Removes the folder of an agent that leaves no workload behind."""
+    if not any((root / "capsules").glob("*")):
+        shutil.rmtree(root, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            root.parent.rmdir()

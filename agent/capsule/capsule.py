@@ -46,7 +46,9 @@ class Capsule:
     def __init__(self, root: Path, host: str, workload: str) -> None:
         self.folder = root / "capsules" / workload
         self.workload = workload
-        base = find_cgroup2() / f"whimbrel-{host}" / workload
+        # The run folder is unique to an agent, so a name made of it is too.
+        agent = str(root).removeprefix("/dev/shm/").strip("/").replace("/", "-")
+        base = find_cgroup2() / agent / workload
         self._base = Cgroup(base)
         self.cgroup = Cgroup(base / "workload")
         self.criu_cgroup = Cgroup(base / "criu")

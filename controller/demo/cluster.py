@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Self
 from whimbrel.controller.cli.follow import follow
 from whimbrel.controller.cli.progress import MigrationProgress, Outcome
 from whimbrel.controller.demo.environment import child_environment
-from whimbrel.controller.demo.leftovers import Footprint
+from whimbrel.controller.demo.leftovers import NAME, TMPFS, Footprint
 from whimbrel.controller.demo.topology import Slot, Topology, start_ticks_of
 from whimbrel.events.bus import Bus
 from whimbrel.events.commands import ReadTraffic
@@ -152,9 +152,18 @@ class Cluster:
         place = self.hosts[host]
         return self.start_child(
             f"agent-{host}",
-            ["agent", "--host", host, "--address", place.address, "--state-dir", str(self.state_dir(host))],
+            [
+                "agent",
+                *("--host", host, "--address", place.address),
+                *("--state-dir", str(self.state_dir(host)), "--run-dir", str(self.store_dir(host))),
+            ],
             within=place,
         )
+
+    def store_dir(self, host: str) -> Path:
+        """The agent's folder on tmpfs; no other cluster on this machine uses it."""
+        assert self._slot is not None
+        return TMPFS / f"{NAME}-{self._slot.prefix}" / host
 
     def state_dir(self, host: str) -> Path:
         return self.run_dir / f"state-{host}"

@@ -31,37 +31,37 @@ class Footprint:
         return cls(
             run_dir=run_dir,
             prefix=prefix,
-            cgroups=frozenset(_cgroups()),
-            shared_memory=frozenset(_shared_memory()),
+            cgroups=frozenset(_cgroups(prefix)),
+            shared_memory=frozenset(_shared_memory(prefix)),
             mounts=frozenset(_mounts(run_dir, prefix)),
         )
 
     def _new_cgroups(self) -> list[Path]:
-        return sorted(set(_cgroups()) - self.cgroups, reverse=True)
+        return sorted(set(_cgroups(self.prefix)) - self.cgroups, reverse=True)
 
     def sweep(self) -> None:
         """Removes cgroups without processes and page stores of a run whose processes are all gone."""
         for folder in self._new_cgroups():
             with suppress(OSError):  # EBUSY: somebody lives there, so it is not ours to remove
                 folder.rmdir()
-        for path in set(_shared_memory()) - self.shared_memory:
+        for path in set(_shared_memory(self.prefix)) - self.shared_memory:
             if not _in_use(path):
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
     def remains(self) -> list[str]:
         """What exists now and did not before, in words."""
         found = [f"cgroup {path}" for path in self._new_cgroups()]
-        found += [f"tmpfs file {path}" for path in sorted(set(_shared_memory()) - self.shared_memory)]
+        found += [f"tmpfs file {path}" for path in sorted(set(_shared_memory(self.prefix)) - self.shared_memory)]
         found += [f"mount {line}" for line in sorted(set(_mounts(self.run_dir, self.prefix)) - self.mounts)]
         found += [f"process {pid}: {command}" for pid, command in _processes_naming(str(self.run_dir))]
         return found
 
 
-def _cgroups() -> list[Path]:
+def _cgroups(prefix: str) -> list[Path]:
     root = cgroup2_root()
     if root is None:
         return []
-    return [Path(folder) for top in root.glob(f"{NAME}*") for folder, _, _ in os.walk(top)]
+    return [Path(folder) for top in root.glob(f"{NAME}-{prefix}*") for folder, _, _ in os.walk(top)]
 
 
 def cgroup2_root() -> Path | None:
@@ -74,12 +74,12 @@ def cgroup2_root() -> Path | None:
     return None
 
 
-def _shared_memory() -> list[Path]:
-    return sorted(TMPFS.glob(f"{NAME}*"))
+def _shared_memory(prefix: str) -> list[Path]:
+    return sorted(TMPFS.glob(f"{NAME}-{prefix}*"))
 
 
 def _mounts(run_dir: Path, prefix: str) -> list[str]:
-    marks = (str(run_dir), f"/{prefix}-", f"/{NAME}")
+    marks = (str(run_dir), f"/{prefix}-", f"/{NAME}-{prefix}")
     with open("/proc/self/mountinfo") as mounts:
         points = [line.split()[4] for line in mounts]
     return [point for point in points if any(mark in point for mark in marks)]
