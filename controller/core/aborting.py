@@ -187,13 +187,14 @@ def _refused(state: Aborting, host: str, refused: Refused) -> Aborting:
     """Whoever refuses to undo has nothing to undo, or cannot: either way there is nothing to wait for."""
     move, replace = state.move, msgspec.structs.replace
     note = f"{host} refused to undo: {refused.reason}; {refused.remedy}"
-    match refused.command:
-        case speech_id if speech_id == speech.command_id(move, "abort-source", state.attempt):
-            return replace(state, source_done=True, notes=(*state.notes, note))
-        case speech_id if speech_id == speech.command_id(move, "abort-target", state.attempt):
-            return replace(state, target_done=True, notes=(*state.notes, note))
-        case speech_id if speech_id == speech.command_id(move, "roll-back-traffic", state.attempt):
-            return replace(state, traffic_done=True, notes=(*state.notes, note))
+    ids = {
+        "source_done": speech.command_id(move, "abort-source", state.attempt),
+        "target_done": speech.command_id(move, "abort-target", state.attempt),
+        "traffic_done": speech.command_id(move, "roll-back-traffic", state.attempt),
+    }
+    for part, awaited in ids.items():
+        if refused.command == awaited and not getattr(state, part):
+            return replace(state, notes=(*state.notes, note), **{part: True})
     return state
 
 

@@ -31,6 +31,7 @@ chances = st.builds(
     agent_dies=st.sampled_from((0.0, 0.0, 0.05)),
     abort_asked=st.sampled_from((0.0, 0.0, 0.03)),
     restart=small,
+    silent_commit=st.sampled_from((0.0, 0.0, 0.5)),
 )
 seeds = st.integers(0, 2**32)
 
@@ -93,15 +94,23 @@ def test_in_a_calm_world_every_migration_completes(
 @quick
 @given(seed=seeds)
 def test_doubled_and_delayed_copies_change_nothing(seed: int) -> None:
-    calm = world.World(Random(seed), world.CALM).run()
+    calm = world.World(Random(seed), world.CALM)
     doubling = world.World(Random(seed), world.Chances(doubled=1.0))
+    assert isinstance(calm.run(), Completed)
     assert isinstance(doubling.run(), Completed)
-    assert isinstance(calm, Completed)
-    # Every command went out once, and each decision was told once.
-    ids = [command.id for command in doubling.commands]
-    assert len(ids) == len(set(ids))
-    told = [event.id for event in doubling.published]
-    assert len(told) == len(set(told))
+    # The same commands, each once, and the same history.
+    assert [command.id for command in doubling.commands] == [command.id for command in calm.commands]
+    assert [event.id for event in doubling.published] == [event.id for event in calm.published]
+
+
+@quick
+@given(seed=seeds, gate=st.booleans())
+def test_a_commit_that_nobody_tells_is_found_in_the_register(seed: int, gate: bool) -> None:
+    played = world.World(Random(seed), world.Chances(silent_commit=1.0), gate=gate)
+    end = played.run()
+    assert played.register is Decision.COMMITTED
+    assert isinstance(end, Completed)
+    assert any("resident" in warning for warning in end.report.warnings)
 
 
 @quick

@@ -39,6 +39,8 @@ class Chances(msgspec.Struct, frozen=True, kw_only=True):
     agent_dies: float = 0.0
     abort_asked: float = 0.0
     restart: float = 0.0
+    silent_commit: float = 0.0
+    """The target's agent dies between the commit and saying so."""
 
 
 CALM = Chances()
@@ -47,6 +49,7 @@ CALM = Chances()
 class World:
     def __init__(self, random: Random, chances: Chances, *, gate: bool = True, **asked: Any) -> None:
         self.random = random
+        self._dirty = [int(100_000 * random.random()) for _ in range(64)]
         self.chances = chances
         self.now = building.START_AT
         self.register: Decision | None = None
@@ -172,7 +175,7 @@ class World:
                 self._say(facts.SourceReady)
             case commands.StartRound(round=number):
                 self.rounds = max(self.rounds, number)
-                dirty = int(100_000 * self.random.random())
+                dirty = self._dirty[number % len(self._dirty)]
                 self._tell(building.round_finished(number, dirty_pages=dirty, duration_ms=500.0))
             case commands.HoldTraffic():
                 self._say(facts.TrafficHeld)
@@ -221,7 +224,7 @@ class World:
             self._decide(Decision.COMMITTED)
             self.target_runs = True
             self._check()
-            if self._chance(self.chances.agent_dies):
+            if self._chance(self.chances.silent_commit):
                 self.dead.add("b")
                 return  # The workload runs, but nobody says so.
             self._say(facts.TargetResumed)
