@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import nats.errors
-from nats.aio.client import Client, Server
 
 from whimbrel.events.errors import Denied, Malformed, StoreRefused, Unreachable
+from whimbrel.events.lasting_client import LastingClient, choose_server
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -69,25 +69,6 @@ class AckError(msgspec.Struct):
 _ack_decoder = msgspec.json.Decoder(Ack)
 
 
-class _LastingClient(Client):
-    """nats-py closes for good on most `-ERR` lines (maximum payload, slow consumer) and leaks the sockets of
-    failed attempts; this one does neither."""
-
-    async def _connect_to_server(self, s: Any) -> None:
-        # Or a server that takes the connection and says nothing leaves an open socket for every attempt.
-        if self._transport is not None:
-            self._transport.close()  # type: ignore[no-untyped-call]
-        await super()._connect_to_server(s)
-
-    async def _process_err(self, err_msg: str) -> None:
-        if "permissions violation" in err_msg.lower():
-            await super()._process_err(err_msg)
-            return
-        error = nats.errors.Error(f"nats: {err_msg}")
-        await self._error_cb(error)
-        await self._process_op_err(error)
-
-
 class Connection:
     """Owned by a Bus. `on_change(connected)` is told of every loss and return; its exceptions are logged."""
 
@@ -97,7 +78,7 @@ class Connection:
         self.inbox_prefix = f"_INBOX.{_NOT_A_TOKEN.sub('_', name)}"
         self.max_payload = 0
         self._on_change = on_change
-        self._client = _LastingClient()
+        self._client = LastingClient()
         self._up = asyncio.Event()
         self._asks: dict[str, tuple[str, asyncio.Future[Msg]]] = {}
         self._asked = 0
@@ -125,7 +106,7 @@ class Connection:
                     inbox_prefix=self.inbox_prefix,
                     max_reconnect_attempts=-1,
                     reconnect_time_wait=0.2,  # type: ignore[arg-type]
-                    reconnect_to_server_handler=_choose_server,
+                    reconnect_to_server_handler=choose_server,
                     connect_timeout=max(1, min(2, int(timeout_s))),
                     ping_interval=2,
                     max_outstanding_pings=2,
@@ -436,12 +417,6 @@ class Connection:
                 f"a message on {subject} was expected to take at most {self.max_payload} bytes (the server's "
                 f"max_payload), takes {size}: send less at once"
             )
-
-
-def _choose_server(servers: list[Server], info: dict[str, Any]) -> tuple[Server, float]:
-    """The server tried least so far, after a jittered pause that grows with its failures."""
-    chosen = min(servers, key=lambda server: server.reconnects)
-    return chosen, min(1.0, 0.05 * 2 ** min(chosen.reconnects, 5)) * random.uniform(0.5, 1.5)
 
 
 def _nobody_there(answer: Msg) -> bool:
