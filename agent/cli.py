@@ -56,9 +56,9 @@ def agent(
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     async def main() -> None:
-        task = asyncio.ensure_future(run_agent(
-                bus_url=nats, host=host, address=address, state_dir=state_dir, run_dir=run_dir
-            ))
+        task = asyncio.ensure_future(
+            run_agent(bus_url=nats, host=host, address=address, state_dir=state_dir, run_dir=run_dir)
+        )
         stopped = False
 
         def stop() -> None:

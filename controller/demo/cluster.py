@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Self
 from whimbrel.controller.cli.follow import follow
 from whimbrel.controller.cli.progress import MigrationProgress, Outcome
 from whimbrel.controller.demo.environment import child_environment
-from whimbrel.controller.demo.leftovers import NAME, TMPFS, Footprint
+from whimbrel.controller.demo.leftovers import Footprint, run_folder
 from whimbrel.controller.demo.topology import Slot, Topology, start_ticks_of
 from whimbrel.events.bus import Bus
 from whimbrel.events.commands import ReadTraffic
@@ -129,7 +129,7 @@ class Cluster:
     async def _start(self) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._slot = Slot.claim()
-        self._footprint = Footprint.before(self.run_dir, self._slot.prefix)
+        self._footprint = Footprint(self._slot.prefix, self.run_dir)
         self._topology = Topology(self._slot, self.link_mbit)
         self._topology.create()
         self.hosts = self._topology.hosts
@@ -163,7 +163,7 @@ class Cluster:
     def store_dir(self, host: str) -> Path:
         """The agent's folder on tmpfs; no other cluster on this machine uses it."""
         assert self._slot is not None
-        return TMPFS / f"{NAME}-{self._slot.prefix}" / host
+        return run_folder(self._slot.prefix) / host
 
     def state_dir(self, host: str) -> Path:
         return self.run_dir / f"state-{host}"

@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from whimbrel.controller.demo.leftovers import Footprint
+
 SLOTS_DIR = Path("/run/whimbrel-demo")
 SLOTS_MAX = 200
 PROGRAM_TIMEOUT_S = 20.0
@@ -134,6 +136,7 @@ class Slot:
             for folder in noted.get("folders", []):
                 shutil.rmtree(folder, ignore_errors=True)
         Topology(self).destroy()
+        Footprint(self.prefix).sweep()
         with suppress(FileNotFoundError):
             self.note_path.unlink()
 
