@@ -113,6 +113,7 @@ def aborting(state: Undoable, failure: Failure, event: CoreEvent | None, now: fl
         remedy=failure.remedy,
         checkpoint=_checkpoint_of(state),
         source_touched=not at_target and not refused,
+        second_hand=isinstance(event, facts.SourceThawed | facts.TargetDiscarded | RegisterSays),
         traffic_touched=move.gate is not None and isinstance(state, Holding | Freezing),
         source_done=isinstance(event, facts.SourceThawed),
         target_done=isinstance(event, facts.TargetDiscarded) or (at_target and refused),
@@ -164,6 +165,14 @@ def on_aborting(state: Aborting, event: CoreEvent, now: float) -> Outcome:
             state = replace(state, exit_code=event.exit_code)
         case Replied(host=host, reply=Refused() as refused) if state.decided:
             state = _refused(state, host, refused)
+        case facts.StepFailed() if state.second_hand:
+            state = replace(
+                state,
+                second_hand=False,
+                step=event.step,
+                reason=f"{event.step} on {event.host}: {event.reason}",
+                remedy=event.remedy,
+            )
         case facts.StepFailed() if state.decided and len(state.notes) < 20:
             note = f"{event.step} failed on {event.host}: {event.reason}; {event.remedy}"
             if note not in state.notes:

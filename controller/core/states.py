@@ -159,6 +159,8 @@ class Aborting(State, frozen=True, kw_only=True):
     reason: str
     remedy: str
     checkpoint: Checkpoint
+    second_hand: bool = False
+    """The reason only says that an agent aborted by itself; the StepFailed that follows says why."""
     decided: bool = False
     source_touched: bool
     traffic_touched: bool
