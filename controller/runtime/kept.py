@@ -90,14 +90,14 @@ class MigrationStore:
         """Raises Unreachable."""
         await self._table.put(_model_key(workload, source, target), KeptModel(model=model))
 
-    async def prune(self) -> int:
-        """Forgets the oldest finished migrations beyond FINISHED_KEPT_MAX, registers too; how many."""
+    async def prune(self, keep: int = FINISHED_KEPT_MAX) -> int:
+        """Forgets the oldest finished migrations beyond `keep`, and their registers; returns how many."""
         finished = sorted(
             (kept.state.move.requested_at, migration, revision)
             for migration, (kept, revision) in (await self.migrations()).items()
             if kept.finished
         )
-        old = finished[: max(0, len(finished) - FINISHED_KEPT_MAX)]
+        old = finished[: max(0, len(finished) - keep)]
         for _, migration, revision in old:
             try:
                 await self._table.delete(_migration_key(migration), revision)

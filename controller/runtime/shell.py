@@ -33,6 +33,8 @@ SEEN_MAX: Final = 8192
 CLOCK_SLACK_S: Final = 5.0
 """The stored stream is read from this much before the oldest unfinished migration began."""
 READ_AGAIN_S: Final = 1.0
+PRUNE_EVERY: Final = 50
+"""Migrations that end between two clean-ups of the bucket, whose size is limited."""
 
 
 class Shell:
@@ -45,6 +47,7 @@ class Shell:
         self._runners: dict[str, MigrationRunner] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._seen: OrderedDict[str, None] = OrderedDict()
+        self._ended_count = 0
         self._since = time.time() - CLOCK_SLACK_S
 
     def active(self, migration: str) -> AnyState | None:
@@ -120,8 +123,20 @@ class Shell:
                 log.error("migration %s stopped in %s", migration, runner.state, exc_info=error)
             elif not is_finished(runner.state):
                 log.info("migration %s is let go in %s", migration, type(runner.state).__name__)
+            else:
+                self._ended_count += 1
+                if self._ended_count % PRUNE_EVERY == 0:
+                    prune = asyncio.create_task(self._prune())
+                    self._tasks.add(prune)
+                    prune.add_done_callback(self._tasks.discard)
 
         task.add_done_callback(ended)
+
+    async def _prune(self) -> None:
+        try:
+            await self._store.prune()
+        except BusError as error:
+            log.info("old migrations are forgotten later: %s", error)
 
     async def _read_live(self, opened: asyncio.Event) -> None:
         while True:
