@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from whimbrel.agent.capsule.cgroup import Cgroup, find_cgroup2
 from whimbrel.agent.capsule.keeper import MESSAGE_BYTES_MAX
+from whimbrel.agent.criu.find import CriuMissing, find_criu
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -104,7 +105,7 @@ class Capsule:
         while True:
             try:
                 self.call("status")
-                return
+                break
             except CapsuleError:
                 if time.monotonic() > deadline:
                     problem = (self.folder / "keeper.log").read_text(errors="replace")[-500:]
@@ -113,6 +114,17 @@ class Capsule:
                         f"keeper of {self.workload} did not answer within {timeout_s:g} s: {problem}"
                     ) from None
                 time.sleep(0.005)
+        self._warm_criu()
+
+    def _warm_criu(self) -> None:
+        """Lets CRIU probe the kernel once where its cache will be found again: not in a frozen section."""
+        if (Path("/run") if _is_tmpfs(Path("/run")) else self._criu_run).joinpath("criu.kdat").exists():
+            return
+        command = ["nsenter", "--target", str(self.keeper_pid()), "--mount", "--pid", "--"]
+        with contextlib.suppress(CriuMissing, subprocess.SubprocessError):
+            subprocess.run(
+                [*command, find_criu().path, "check"], capture_output=True, timeout=30, check=False
+            )
 
     def start(self, spec: WorkloadSpec) -> int:
         """Starts the workload; returns its pid inside. Raises CapsuleError."""
@@ -216,7 +228,7 @@ class Capsule:
         """Undoes a freeze: no CRIU, no covered page tables, thawed. Only ever after ABORTED is stored."""
         self.criu_cgroup.kill()
         inner = [int(path.name) for path in Path(f"/proc/{self.keeper_pid()}/root/proc").glob("[0-9]*")]
-        self.call("uncover", paths=[f"/proc/{pid}/pagemap" for pid in inner])
+        self.call("uncover", paths=[f"/proc/{pid}/{name}" for pid in inner for name in ("pagemap", "smaps")])
         self.cgroup.thaw()
         self.clear_role()
 

@@ -24,6 +24,7 @@ import msgspec
 from whimbrel.agent import syscalls
 from whimbrel.agent.capsule.capsule import LOG_NAME, Capsule
 from whimbrel.agent.criu.rpc import CriuFailed, CriuWorker
+from whimbrel.agent.criu.smaps import SmapsMemory
 from whimbrel.agent.memory.pageset import PageSet
 from whimbrel.agent.memory.reader import ProcessReader
 from whimbrel.agent.memory.store import digest_runs
@@ -116,6 +117,7 @@ class SourceMover:
             max_bytes_per_s=order.max_bytes_per_s,
         )
         self._criu: CriuWorker | None = None
+        self._smaps: dict[int, SmapsMemory] = {}
         self._round = 0
         self._last_sample = 0.0
         self._last_scan = 0.0
@@ -161,6 +163,9 @@ class SourceMover:
                 written[space].difference_update(pages)
         for space, pages in written.items():
             self._sender.send_pages(space, pages.runs(), self._read_and_sample)
+        for space in self._tracker.spaces.values():
+            with contextlib.suppress(ProcessLookupError):
+                self._smaps[space.space] = SmapsMemory.read(space.pid)
         self._sender.flush(_FLUSH_TIMEOUT_S)
         ended = time.monotonic()
         after = self._sender.stats()
@@ -278,14 +283,23 @@ class SourceMover:
         """CRIU's dump with the workload's page tables covered: CRIU finds no page to dump but the vDSO."""
         assert self._criu is not None
         criu, self._criu = self._criu, None
-        covers = [f"/proc/{space}/pagemap" for space in self._tracker.spaces]
+        covers: list[str] = []
         trees: list[int] = []
         images = self._capsule.images
         for old in images.iterdir():
             old.unlink()
         try:
-            # Any process with an address space unlike the workload's will do: it shows nothing of it.
-            trees = [syscalls.open_tree_clone(f"/proc/{criu.pid}/pagemap") for _ in covers]
+            for number, space in self._tracker.spaces.items():
+                # Any process with an address space unlike the workload's will do: it shows nothing of it.
+                covers.append(f"/proc/{number}/pagemap")
+                trees.append(syscalls.open_tree_clone(f"/proc/{criu.pid}/pagemap"))
+                known = self._smaps.get(number)
+                stand_in = known.stand_in(space.pid) if known is not None else None
+                if stand_in is not None:
+                    shown = images / f"smaps-{number}"
+                    shown.write_bytes(stand_in)
+                    covers.append(f"/proc/{number}/smaps")
+                    trees.append(syscalls.open_tree_clone(str(shown)))
             self._capsule.call("hide", trees, paths=covers)
             criu.dump(
                 root_pid=root_pid,

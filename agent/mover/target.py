@@ -169,8 +169,6 @@ class TargetMover:
             )
             go = self._verdict.get(timeout=_VERDICT_TIMEOUT_S)
             resumed_at.append(time.monotonic())
-            if go and final.lazy:
-                self._faults.push()
             return go
 
         try:
@@ -178,6 +176,8 @@ class TargetMover:
         finally:
             criu.close()
         self._channel.send(Resumed(resume_ms=(time.monotonic() - resumed_at[0]) * 1e3))
+        if final.lazy:
+            self._faults.push()  # not before: CRIU's last steps and the first faults want the processor
         self._capsule.call("adopt", pid=final.root_pid)
         self._capsule.call("last_pid", set=final.last_pid)
         filled = self._faults.wait_filled() if final.lazy else Filled(fill_ms=0.0, faults=0, fault_p99_us=0.0)
