@@ -33,8 +33,11 @@ ENDS = (facts.MigrationCompleted, facts.MigrationAborted, facts.MigrationRejecte
 class Stage:
     """Everything but the controller, and what a test asks of it."""
 
-    def __init__(self, url: str, bus: Bus, a: ScriptedHost, b: ScriptedHost, gate: ScriptedGate) -> None:
-        self.url = url
+    def __init__(
+        self, server: EmbeddedServer, bus: Bus, a: ScriptedHost, b: ScriptedHost, gate: ScriptedGate
+    ) -> None:
+        self.server = server
+        self.url = server.url
         self.bus = bus
         self.a = a
         self.b = b
@@ -97,7 +100,7 @@ async def stage(tmp_path: Path) -> AsyncIterator[Stage]:
         gate = await stack.enter_async_context(ScriptedGate(buses[3], "gate"))
         await a.announce()
         await b.announce()
-        yield Stage(server.url, buses[0], a, b, gate)
+        yield Stage(server, buses[0], a, b, gate)
 
 
 @pytest.fixture

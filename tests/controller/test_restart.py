@@ -6,6 +6,8 @@ What the agents say meanwhile is in the stored stream only, so that this also pr
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 
 import pytest
 from tests.controller.conftest import WAIT_S, ControllerProcess, Stage
@@ -72,3 +74,22 @@ async def test_killed_while_aborting(stage: Stage, controller_process: Controlle
     assert isinstance(await stage.end_of(migration), facts.MigrationAborted)
     assert (stage.a.runs, stage.b.runs, stage.gate.held) == ({"cache"}, set(), set())
     assert (await stage.record()).migration is None
+
+
+@pytest.mark.parametrize(
+    ("who", "event"), [("a", "RoundFinished"), ("a", "SourceFrozen"), ("a", "SourceReleased")]
+)
+async def test_nats_server_is_killed_meanwhile(stage: Stage, controller: None, who: str, event: str) -> None:
+    await stage.run()
+    reached, go = {"a": stage.a, "b": stage.b}[who].hold(event)
+    migration = await stage.migrate("b")
+    async with asyncio.timeout(WAIT_S):
+        await reached.wait()
+    pid = stage.server.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    go.set()
+    end = await stage.end_of(migration)
+    assert isinstance(end, facts.MigrationCompleted)
+    assert (stage.a.runs, stage.b.runs) == (set(), {"cache"})
+    assert (await stage.record()).host == "b"
