@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 
 _DIGEST_BYTES_MAX: Final = 64 << 20
 _FILES_MAX: Final = 2000
+_NOT_CARRIED: Final = (f"{FILES_MOUNT}/", "/proc/", "/sys/", "/dev/shm/")
+_IO_URING: Final = (
+    "expected files and mappings that CRIU can dump, found an io_uring; "
+    "turn io_uring off in the service (uvloop, nginx, PostgreSQL 18 each have a setting)"
+)
+_HARMLESS_DEVICES: Final = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty")
 
 
 def assess_source(command_id: str, capsule: Capsule) -> SourceAssessment:
@@ -74,10 +80,7 @@ def _is_memory_name(name: str) -> bool:
 
 def _mapping_problem(name: str) -> str | None:
     if name.startswith("anon_inode:[io_uring]"):
-        return (
-            "expected mappings that CRIU can dump, found io_uring rings; "
-            "turn io_uring off in the service (uvloop, nginx, PostgreSQL 18 each have a setting)"
-        )
+        return _IO_URING
     if name.startswith("/dev/") and not _is_memory_name(name) and name not in ("/dev/null", "/dev/zero"):
         return f"expected ordinary memory, found a mapping of the device {name}; release it before the move"
     if name.startswith("/anon_hugepage"):
@@ -97,25 +100,19 @@ def _open_files(pid: int, files: dict[str, FileFact]) -> Iterable[str]:
         except OSError:
             continue
         if path.startswith("anon_inode:[io_uring]"):
-            yield f"fd {fd}: expected files that CRIU can dump, found an io_uring; turn io_uring off in the service"
+            yield f"fd {fd}: {_IO_URING}"
         elif stat.S_ISREG(status.st_mode) and path.startswith("/") and not path.startswith("/memfd:"):
-            if path.endswith(" (deleted)") or path.startswith(
-                (f"{FILES_MOUNT}/", "/proc/", "/sys/", "/dev/shm/")
-            ):
+            if path.endswith(" (deleted)") or path.startswith(_NOT_CARRIED):
                 continue
             with open(f"/proc/{pid}/fdinfo/{fd}") as info:
                 flags = next(int(line.split()[1], 8) for line in info if line.startswith("flags:"))
             _add_file(files, pid, path, executable=False, writable=flags & os.O_ACCMODE != os.O_RDONLY)
-        elif stat.S_ISCHR(status.st_mode) and path not in (
-            "/dev/null",
-            "/dev/zero",
-            "/dev/full",
-            "/dev/random",
-            "/dev/urandom",
-            "/dev/tty",
+        elif (
+            stat.S_ISCHR(status.st_mode)
+            and path not in _HARMLESS_DEVICES
+            and not path.startswith(("/dev/pts/", "/dev/ptmx"))
         ):
-            if not path.startswith(("/dev/pts/", "/dev/ptmx")):
-                yield f"fd {fd}: expected no devices, found {path} open; close it before the move"
+            yield f"fd {fd}: expected no devices, found {path} open; close it before the move"
 
 
 def _add_file(files: dict[str, FileFact], pid: int, path: str, *, executable: bool, writable: bool) -> None:

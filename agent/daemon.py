@@ -217,8 +217,8 @@ async def run_agent(
 
     `run_dir` is a folder on tmpfs that no other agent uses; its path also names the agent's cgroups."""
     root = run_dir or RUN_ROOT / host
-    root.mkdir(parents=True, exist_ok=True)
-    state_dir.mkdir(parents=True, exist_ok=True)
+    await asyncio.to_thread(root.mkdir, parents=True, exist_ok=True)
+    await asyncio.to_thread(state_dir.mkdir, parents=True, exist_ok=True)
     async with await Bus.connect(bus_url, f"agent-{host}") as bus:
         try:
             await Agent(bus, host, address, root, state_dir).run()

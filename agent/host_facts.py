@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import whimbrel
@@ -14,6 +13,8 @@ from whimbrel.agent.memory.tracker import TrackingFailed, tracking_works
 from whimbrel.events.records import HostRecord
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from whimbrel.agent.stream.identity import Identity
 
 

@@ -24,7 +24,6 @@ from whimbrel.agent.mover.channel import (
 )
 from whimbrel.agent.mover.process import WorkerFailed, WorkerProcess
 from whimbrel.agent.register import DecisionRegister
-from whimbrel.events.commands import Freeze, PrepareSource, StartRound
 from whimbrel.events.errors import BusError
 from whimbrel.events.facts import (
     CheckpointStreamed,
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
     from whimbrel.agent.capsule.capsule import Capsule
     from whimbrel.agent.workloads import Workloads
     from whimbrel.events.bus import Bus
+    from whimbrel.events.commands import Freeze, PrepareSource, StartRound
 
 _log = logging.getLogger(__name__)
 

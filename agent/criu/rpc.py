@@ -67,7 +67,7 @@ class CriuWorker:
     """One `criu swrk` process; does one dump or one restore. Close it always."""
 
     def __init__(self, keeper_pid: int, *, cgroup_procs: Path | None = None) -> None:
-        """Starts CRIU in the namespaces of `keeper_pid`; with `cgroup_procs`, what it restores lives there."""
+        """Starts CRIU in the namespaces of `keeper_pid`; what it restores joins `cgroup_procs`."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket = ours
         number = theirs.fileno()

@@ -47,35 +47,11 @@ class _Registers(ctypes.Structure):
     # struct user_regs_struct, x86-64, from <sys/user.h>
     _fields_ = tuple(
         (name, ctypes.c_ulonglong)
-        for name in [
-            "r15",
-            "r14",
-            "r13",
-            "r12",
-            "rbp",
-            "rbx",
-            "r11",
-            "r10",
-            "r9",
-            "r8",
-            "rax",
-            "rcx",
-            "rdx",
-            "rsi",
-            "rdi",
-            "orig_rax",
-            "rip",
-            "cs",
-            "eflags",
-            "rsp",
-            "ss",
-            "fs_base",
-            "gs_base",
-            "ds",
-            "es",
-            "fs",
-            "gs",
-        ]
+        for name in (
+            *("r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8", "rax", "rcx", "rdx"),
+            *("rsi", "rdi", "orig_rax", "rip", "cs", "eflags", "rsp", "ss"),
+            *("fs_base", "gs_base", "ds", "es", "fs", "gs"),
+        )
     )
 
 

@@ -210,7 +210,7 @@ class DirtyTracker:
         # counts. That also covers kernels that leave stale protection bits behind on mremap (before 6.13).
         for start, end in fresh:
             for first, last in self._scanner.scan(
-                space.pagemap_fd, start, end, required=Category(0), excluded=_NOT_OURS, any_of=_RESIDENT
+                space.pagemap_fd, start, end, required=Category.NONE, excluded=_NOT_OURS, any_of=_RESIDENT
             ):
                 written.add(first, last)
         return written
@@ -290,7 +290,7 @@ class DirtyTracker:
                         space.pagemap_fd,
                         mapping.start,
                         mapping.end,
-                        required=Category(0),
+                        required=Category.NONE,
                         excluded=_NOT_OURS_OF_A_FILE,
                         any_of=_RESIDENT,
                     ):
@@ -343,7 +343,7 @@ def tracking_works() -> bool:
         userfault.handshake(_FEATURES)
         with open("/proc/self/pagemap", "rb") as pagemap:
             PagemapScanner().scan(
-                pagemap.fileno(), 0, PAGE, required=Category(0), any_of=_RESIDENT, protect=False
+                pagemap.fileno(), 0, PAGE, required=Category.NONE, any_of=_RESIDENT, protect=False
             )
     except OSError:
         return False

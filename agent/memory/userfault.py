@@ -54,6 +54,7 @@ class Feature(IntFlag):
 class Category(IntFlag):
     """PAGEMAP_SCAN page categories."""
 
+    NONE = 0
     WPALLOWED = 1 << 0
     WRITTEN = 1 << 1
     FILE = 1 << 2
@@ -184,7 +185,7 @@ class PagemapScanner:
         end: int,
         *,
         required: Category,
-        excluded: Category = Category(0),
+        excluded: Category = Category.NONE,
         any_of: Category,
         protect: bool = False,
     ) -> list[tuple[int, int]]:
@@ -207,7 +208,7 @@ class PagemapScanner:
         resident: list[tuple[int, int]] = []
         written: list[tuple[int, int]] = []
         for first, last, categories in self._regions(
-            pagemap_fd, start, end, 0, Category(0), excluded, any_of, Category.WRITTEN
+            pagemap_fd, start, end, 0, Category.NONE, excluded, any_of, Category.WRITTEN
         ):
             _append(resident, first, last)
             if categories & Category.WRITTEN:

@@ -163,9 +163,9 @@ class SourceMover:
                 written[space].difference_update(pages)
         for space, pages in written.items():
             self._sender.send_pages(space, pages.runs(), self._read_and_sample)
-        for space in self._tracker.spaces.values():
+        for tracked in self._tracker.spaces.values():
             with contextlib.suppress(ProcessLookupError):
-                self._smaps[space.space] = SmapsMemory.read(space.pid)
+                self._smaps[tracked.space] = SmapsMemory.read(tracked.pid)
         self._sender.flush(_FLUSH_TIMEOUT_S)
         ended = time.monotonic()
         after = self._sender.stats()
