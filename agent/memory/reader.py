@@ -6,6 +6,8 @@ import contextlib
 import os
 from typing import Final
 
+from whimbrel.agent.memory.maps import read_maps
+from whimbrel.agent.memory.userfault import PAGE
 from whimbrel.agent.stream.errors import MemoryGone
 from whimbrel.agent.syscalls import IOV_MAX, process_vm_readv
 
@@ -23,7 +25,9 @@ class ProcessReader:
     def read(self, space: int, runs: list[tuple[int, int]], buffer: memoryview) -> int:
         """Fills `buffer` with the pages of `runs` one after another; returns the bytes filled.
 
-        Raises MemoryGone with the run that is no longer mapped (or whose process has ended)."""
+        Raises MemoryGone with exactly what is no longer mapped (or whose process has ended), because what it
+        names is left out and what it does not name is asked for again: a page that is still there, but was
+        left out with its neighbours, would count as sent."""
         done = 0
         at = 0
         while at < len(runs):
@@ -53,19 +57,19 @@ class ProcessReader:
             at += end - start
 
     def _read_forced(self, space: int, pid: int, start: int, end: int, buffer: memoryview) -> None:
+        done = 0
         try:
             fd = self._memory.get(space)
             if fd is None:
                 fd = self._memory[space] = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
-            done = 0
             while done < end - start:
                 count = os.preadv(fd, [buffer[done:]], start + done)
                 if count == 0:
-                    raise MemoryGone((start, end))
+                    raise MemoryGone((start, end))  # its address space is gone as a whole
                 done += count
         except OSError as error:
             self.forget(space)
-            raise MemoryGone((start, end)) from error
+            raise MemoryGone(_gone_part(pid, start + done & -PAGE, end)) from error
 
     def forget(self, space: int) -> None:
         fd = self._memory.pop(space, None)
@@ -76,3 +80,15 @@ class ProcessReader:
     def close(self) -> None:
         for space in list(self._memory):
             self.forget(space)
+
+
+def _gone_part(pid: int, at: int, end: int) -> tuple[int, int]:
+    """The unmapped stretch that begins with the unreadable page `at`."""
+    try:
+        mappings = read_maps(pid)
+    except ProcessLookupError:
+        return at, end
+    for mapping in mappings:
+        if mapping.end > at:
+            return at, min(end, max(mapping.start, at + PAGE))
+    return at, end
