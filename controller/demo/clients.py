@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
 VALUE_BYTES = 8192
-HOT_VALUE_BYTES = 4096
+HOT_VALUE_BYTES = 1024
 FILL_BATCH = 64
 READ_BATCH = 128
 OPERATION_TIMEOUT_S = 30.0
@@ -121,27 +121,34 @@ class Writer:
         self.number = number
         self.counters = counters
         self.sequence = 0
+        self._turn = 0
         self.acknowledged: set[int] = set()
         self.versions = [0] * hot_slots
         """Last version of each hot value whose write was acknowledged; 0: none yet."""
         self._random = random.Random(number)
 
     async def step(self, client: RespClient) -> None:
+        self._turn += 1
+        if self._turn % 2:
+            await self._append(client)
+        else:
+            await self._rewrite(client)
+        self.counters().writes += 1
+
+    async def _append(self, client: RespClient) -> None:
         self.sequence += 1
-        key = b"log:%d:%d" % (self.number, self.sequence)
+        sequence = self.sequence
+        key = b"log:%d:%d" % (self.number, sequence)
+        await client.call(b"SET", key, log_value(self.number, sequence), timeout_s=OPERATION_TIMEOUT_S)
+        self.acknowledged.add(sequence)
+
+    async def _rewrite(self, client: RespClient) -> None:
         slot = self._random.randrange(len(self.versions))
         version = self.versions[slot] + 1
         hot = b"hot:%d:%d" % (self.number, slot)
-        await client.pipeline(
-            [
-                (b"SET", key, log_value(self.number, self.sequence)),
-                (b"SET", hot, hot_value(self.number, slot, version)),
-            ],
-            timeout_s=OPERATION_TIMEOUT_S,
-        )
-        self.acknowledged.add(self.sequence)
+        value = hot_value(self.number, slot, version)
+        await client.call(b"SET", hot, value, timeout_s=OPERATION_TIMEOUT_S)
         self.versions[slot] = version
-        self.counters().writes += 2
 
 
 class Reader:
@@ -166,7 +173,7 @@ class Clients:
     """All users of one Redis; one connection each."""
 
     def __init__(
-        self, address: str, port: int, *, writers: int, readers: int, pause_s: float, hot_slots: int = 2048
+        self, address: str, port: int, *, writers: int, readers: int, pause_s: float, hot_slots: int = 8192
     ) -> None:
         self.address, self.port, self.pause_s = address, port, pause_s
         self.data_keys = 0

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from whimbrel.events.requests import AnyRequest
 
 READY_TIMEOUT_S = 30.0
+READY_PROBE_S = 0.5
 STOP_TIMEOUT_S = 10.0
 REQUEST_TIMEOUT_S = 30.0
 AFTER_DEADLINE_S = 60.0
@@ -198,36 +199,41 @@ class Cluster:
         self._slot.note({"owner": os.getpid(), "children": children, "folders": folders})
 
     async def _until_ready(self) -> None:
+        """Both hosts are in the table; gate and controller answer. Raises ClusterError."""
         deadline = time.monotonic() + READY_TIMEOUT_S
-        missing = set(self.hosts)
+        missing = {f"agent-{host}" for host in self.hosts} | {GATE, CONTROLLER}
+        problem = "no answer"
         while missing:
-            for child in self.children.values():
-                if child.process.poll() is not None:
-                    raise ClusterError(
-                        f"expected {child.name} to run, found exit {child.process.returncode}; "
-                        f"the end of {child.log}:\n{child.tail()}"
-                    )
-            missing = set(self.hosts) - set(await self.bus.hosts.items())
-            if missing and time.monotonic() > deadline:
-                tails = "\n".join(
-                    f"agent-{name}:\n{self.children[f'agent-{name}'].tail()}" for name in missing
-                )
-                raise ClusterError(
-                    f"expected hosts a and b in the hosts table within {READY_TIMEOUT_S:g} s, "
-                    f"missing {sorted(missing)}; the end of their logs:\n{tails}"
-                )
-            await asyncio.sleep(0.05)
-        left_s = max(1.0, deadline - time.monotonic())
-        try:
+            self._check_children()
+            missing -= {f"agent-{host}" for host in await self.bus.hosts.items()}
             # Any answer will do, a refusal included: it says that somebody takes commands and requests.
-            await self.bus.command(GATE, ReadTraffic(**_stamp(), workload="none"), timeout_s=left_s)
-            await self.bus.request(AbortMigration(**_stamp(), migration="none"), timeout_s=left_s)
-        except BusError as error:
-            tails = "\n".join(f"{name}:\n{self.children[name].tail()}" for name in (GATE, CONTROLLER))
-            raise ClusterError(
-                f"expected gate and controller to answer within {READY_TIMEOUT_S:g} s, found: {error}; "
-                f"the end of their logs:\n{tails}"
-            ) from error
+            try:
+                if GATE in missing:
+                    probe = ReadTraffic(**_stamp(), workload="none")
+                    await self.bus.command(GATE, probe, timeout_s=READY_PROBE_S)
+                    missing.discard(GATE)
+                if CONTROLLER in missing:
+                    abort = AbortMigration(**_stamp(), migration="none")
+                    await self.bus.request(abort, timeout_s=READY_PROBE_S)
+                    missing.discard(CONTROLLER)
+            except BusError as error:
+                problem = str(error)
+            if missing and time.monotonic() > deadline:
+                tails = "\n".join(f"{name}:\n{self.children[name].tail()}" for name in sorted(missing))
+                raise ClusterError(
+                    f"expected {', '.join(sorted(missing))} to be ready within {READY_TIMEOUT_S:g} s, "
+                    f"found: {problem}; the end of their logs:\n{tails}"
+                )
+            if missing:
+                await asyncio.sleep(0.02)
+
+    def _check_children(self) -> None:
+        for child in self.children.values():
+            if child.process.poll() is not None:
+                raise ClusterError(
+                    f"expected {child.name} to run, found exit {child.process.returncode}; "
+                    f"the end of {child.log}:\n{child.tail()}"
+                )
 
     # --- what is asked of it --------------------------------------------------------------------------
 

@@ -43,6 +43,7 @@ WORKLOAD = "cache"
 REDIS_PORT = 6379
 MOVES = (("a", "b"), ("b", "a"))
 REDIS_START_TIMEOUT_S = 15.0
+DEADLINE_S = 60.0
 AFTER_MOVE_S = 1.0
 """How long clients go on after a move before it is judged."""
 SVG_WIDTH = 108
@@ -258,7 +259,12 @@ async def _move(cluster: Cluster, users: Users, stage: Stage, options: DemoOptio
 
         try:
             report = await cluster.migrate(
-                WORKLOAD, target, on_progress=show, budget_ms=options.budget_ms, verify=options.verify
+                WORKLOAD,
+                target,
+                on_progress=show,
+                budget_ms=options.budget_ms,
+                deadline_s=DEADLINE_S,
+                verify=options.verify,
             )
         finally:
             if view.last is not None and stage.recording is not None:

@@ -108,7 +108,7 @@ async def test_every_kind_of_loss_is_found(redis: Redis, users: Users, damage: s
         case "data":
             assert await redis.call(b"SETRANGE", b"data:5", b"4000", b"?") == VALUE_BYTES
         case "hot" | "old-hot":
-            keys = [b"hot:0:%d" % slot for slot in range(1024)]
+            keys = [b"hot:0:%d" % slot for slot in range(4096)]
             written = [key for key in keys if await redis.call(b"EXISTS", key) == 1]
             if damage == "hot":
                 assert await redis.call(b"DEL", written[0]) == 1
