@@ -72,6 +72,16 @@ class Cgroup:
         (self.path / "cgroup.kill").write_text("1")
         self._wait_event("populated 0", timeout_s)
 
+    def wait_empty(self, timeout_s: float) -> bool:
+        """False where something still runs in it after that time."""
+        try:
+            self._wait_event("populated 0", timeout_s)
+        except FileNotFoundError:
+            return True
+        except CgroupError:
+            return False
+        return True
+
     def remove(self) -> None:
         for child in sorted(self.path.glob("*/"), reverse=True):
             Cgroup(child).remove()

@@ -11,7 +11,9 @@ import contextlib
 import os
 import signal
 import socket
+import struct
 import subprocess
+import time
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Final
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 _LOG_LEVEL: Final = 2
 _CG_MODE_IGNORE: Final = 0
 _MESSAGE_BYTES_MAX: Final = 65536
+_SO_TIMESTAMPNS: Final = 35
 
 
 class _Request(IntEnum):
@@ -69,7 +72,9 @@ class CriuWorker:
     def __init__(self, keeper_pid: int, *, cgroup_procs: Path | None = None) -> None:
         """Starts CRIU in the namespaces of `keeper_pid`; what it restores joins `cgroup_procs`."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
         self._socket = ours
+        self._asked_at = self._answered_at = 0.0
         number = theirs.fileno()
         join = f"echo 0 > {cgroup_procs}; " if cgroup_procs else ""
         # The join happens before the namespaces change, where the cgroup path is surely visible.
@@ -97,11 +102,10 @@ class CriuWorker:
     def pid(self) -> int:
         return self._process.pid
 
-    def dump(self, *, root_pid: int, images: Path, freeze_cgroup: Path, timeout_s: float) -> CriuResult:
-        """Dumps the tree of in-capsule pid `root_pid`, whose cgroup is frozen before and stays so.
+    def begin_dump(self, *, root_pid: int, images: Path, freeze_cgroup: Path, timeout_s: float) -> None:
+        """Starts dumping the tree of in-capsule pid `root_pid`, whose cgroup is frozen before and stays so.
 
-        Blocks up to `timeout_s`. Raises CriuFailed; the cgroup is then frozen still, or thawed by CRIU's
-        own error path: look at it."""
+        Returns at once; call `finish_dump`. Raises CriuFailed."""
         options: list[tuple[int, int | bool | str | bytes]] = [
             *_common_options(images, "dump.log"),
             (_Option.PID, root_pid),
@@ -111,7 +115,13 @@ class CriuWorker:
             (_Option.GHOST_LIMIT, 64 << 20),
         ]
         self._send(_Request.DUMP, options)
-        return self._finish("dump", images / "dump.log", timeout_s, {})
+
+    def finish_dump(self, images: Path, timeout_s: float) -> float:
+        """Blocks until the dump is complete; returns the milliseconds it took, however late one asks.
+
+        Raises CriuFailed; the cgroup is then frozen still, or thawed by CRIU's own error path: look."""
+        self._finish("dump", images / "dump.log", timeout_s, {})
+        return (self._answered_at - self._asked_at) * 1e3
 
     def restore(
         self,
@@ -133,6 +143,7 @@ class CriuWorker:
         return self._finish("restore", images / "restore.log", timeout_s, {"post-restore": on_post_restore})
 
     def _send(self, kind: _Request, options: list[tuple[int, int | bool | str | bytes]]) -> None:
+        self._asked_at = time.time()
         try:
             self._socket.send(encode([(1, kind), (2, encode(options))]))
         except OSError as error:
@@ -144,7 +155,7 @@ class CriuWorker:
         while True:
             self._socket.settimeout(timeout_s)
             try:
-                data = self._socket.recv(_MESSAGE_BYTES_MAX)
+                data, ancillary, _, _ = self._socket.recvmsg(_MESSAGE_BYTES_MAX, socket.CMSG_SPACE(16))
             except TimeoutError as error:
                 raise CriuFailed(
                     f"criu {what} gave no answer for {timeout_s:g} s; {_log_errors(log)}"
@@ -153,6 +164,10 @@ class CriuWorker:
                 raise CriuFailed(f"criu {what}: {error}; {_log_errors(log)}") from error
             if not data:
                 raise CriuFailed(f"criu {what} died; {_log_errors(log)}")
+            for _, kind, payload in ancillary:
+                if kind == _SO_TIMESTAMPNS:  # when the kernel queued the answer, not when we looked
+                    seconds, nanoseconds = struct.unpack("qq", payload)
+                    self._answered_at = seconds + nanoseconds / 1e9
             fields = dict(decode(data))
             if fields.get(1) == _Request.NOTIFY:
                 script = dict(decode(bytes(fields.get(5, b"")))).get(1, b"")

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _SOCKET: Final = "lazy-pages.socket"
 _RESTORE_FINISHED: Final = 0x52535446
 _OWED_SUFFIX: Final = ".owed"
+_HOT_SUFFIX: Final = ".hot"
 _SERVE: Final = b"serve"
 _PUSH: Final = b"push"
 _FILL_TIMEOUT_S: Final = 3600.0
@@ -76,10 +77,12 @@ class FaultProcess:
             listener.close()
             log.close()
 
-    def serve(self, owed: Mapping[int, PageSet]) -> None:
-        """From now on faults are answered. The store must have been synced."""
+    def serve(self, owed: Mapping[int, PageSet], hot: Mapping[int, PageSet]) -> None:
+        """From now on faults are answered. The store must have been synced. `hot` is pushed first."""
         for space, pages in owed.items():
+            first = pages.intersection(hot.get(space, PageSet()))
             (self._capsule.images / f"{space}{_OWED_SUFFIX}").write_bytes(pages.pack())
+            (self._capsule.images / f"{space}{_HOT_SUFFIX}").write_bytes(first.pack())
         assert self._control is not None
         self._control.send(_SERVE)
 
@@ -172,7 +175,8 @@ class _Serving:
             _, fds, _, _ = socket.recv_fds(criu, 1, 1)
             self._hold(pid, fds[0])
             owed = PageSet.unpack((self._images / f"{pid}{_OWED_SUFFIX}").read_bytes())
-            server.add(pid, Userfault(fds[0]), owed)
+            hot = PageSet.unpack((self._images / f"{pid}{_HOT_SUFFIX}").read_bytes())
+            server.add(pid, Userfault(fds[0]), owed, hot)
 
     def _on_fork(self, child: Debt) -> None:
         self._hold(child.space, child.userfault.fd)

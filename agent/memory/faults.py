@@ -83,9 +83,13 @@ class FaultServer:
         self.pushed_pages = 0
         self.fault_seconds: list[float] = []
 
-    def add(self, space: int, userfault: Userfault, owed: PageSet) -> None:
-        """Takes over `userfault`. `owed` are data pages only: all else faults in as zeros."""
-        self._debts[userfault.fd] = Debt(space, userfault, owed.copy())
+    def add(self, space: int, userfault: Userfault, owed: PageSet, hot: PageSet | None = None) -> None:
+        """Takes over `userfault`. `owed` are data pages only: all else faults in as zeros. `hot` is what
+        the push begins with."""
+        debt = Debt(space, userfault, owed.copy())
+        if hot is not None:
+            debt.queue.extend(hot.runs())
+        self._debts[userfault.fd] = debt
         self._poller.register(userfault.fd, select.POLLIN)
 
     def watch(self, fd: int, on_ready: Callable[[], None]) -> None:
@@ -125,7 +129,9 @@ class FaultServer:
         """Installs up to PUSH_BYTES of what is owed; False when nothing is owed any more."""
         for debt in list(self._debts.values()):
             if not debt.queue:
-                debt.queue.extend(debt.owed.runs())
+                # Small runs first: stacks, heaps of interpreters and data of libraries are wanted at once,
+                # and all of them together are less than one large arena.
+                debt.queue.extend(sorted(debt.owed.runs(), key=lambda run: run[1] - run[0]))
             if not debt.queue:
                 continue
             start, end = debt.queue.popleft()

@@ -26,6 +26,8 @@ class Final(msgspec.Struct, frozen=True, kw_only=True):
     """Unix time (s): restored later than this, it is discarded."""
     pages: dict[int, bytes]
     """Packed PageSet per space: every private page that was resident at the freeze."""
+    hot: dict[int, bytes]
+    """Packed PageSet per space: what was written lately, and so is wanted first at the target."""
     last_pid: int
     root_pid: int
     verify: bool

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import socket
+import struct
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -17,8 +18,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from whimbrel.agent.capsule.cgroup import Cgroup
+
 _log = logging.getLogger(__name__)
 _END_TIMEOUT_S: Final = 15.0
+_ATTACH_TIMEOUT_S: Final = 5.0
 
 M = TypeVar("M", bound=Message)
 
@@ -33,32 +37,21 @@ class WorkerFailed(Exception):
         self.remedy = remedy
 
 
-class WorkerProcess:
+class Worker:
     """One worker; messages other than the one waited for go to `on_message`."""
 
-    def __init__(self, module: str, log: Path, on_message: Callable[[AnyMessage], None]) -> None:
-        self._module = module
+    def __init__(
+        self, name: str, channel: socket.socket, log: Path, on_message: Callable[[AnyMessage], None]
+    ) -> None:
+        channel.setblocking(False)
+        self._name = name
+        self._socket = channel
         self._log_path = log
         self._on_message = on_message
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.setblocking(False)
-        self._socket = ours
-        with log.open("ab") as output:
-            try:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-m", module, str(theirs.fileno())],
-                    pass_fds=(theirs.fileno(),),
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    start_new_session=True,
-                )
-            finally:
-                theirs.close()
+        self.pid = 0
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
+    def _exit_code(self) -> int | None:
+        return None
 
     def send(self, message: AnyMessage) -> None:
         """Raises WorkerFailed where the worker is gone."""
@@ -93,10 +86,47 @@ class WorkerProcess:
             lines = self._log_path.read_text(errors="replace").strip().splitlines()
             words = lines[-1][:300] if lines else ""
         return WorkerFailed(
-            self._module.rpartition(".")[2],
-            f"worker pid {self.pid} {what}; exit {self._process.poll()}; {words}",
+            self._name,
+            f"worker pid {self.pid} {what}; exit {self._exit_code()}; {words}",
             "see the agent's log folder; the register decides which copy lives",
         )
+
+    def detach(self) -> None:
+        """Lets go of it: the agent ends, the worker goes on if it has to."""
+        self._socket.close()
+
+    async def close(self) -> None:
+        """The closed channel tells the worker to clean up; it is killed if it does not in time."""
+        raise NotImplementedError
+
+
+class WorkerProcess(Worker):
+    """A worker that this agent starts, in a cgroup of its own where the next agent finds it."""
+
+    def __init__(
+        self, module: str, log: Path, on_message: Callable[[AnyMessage], None], cgroup: Cgroup
+    ) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        super().__init__(module.rpartition(".")[2], ours, log, on_message)
+        self._cgroup = cgroup
+        cgroup.create()
+        with log.open("ab") as output:
+            try:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", module, str(theirs.fileno())],
+                    pass_fds=(theirs.fileno(),),
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                )
+            finally:
+                theirs.close()
+        self.pid = self._process.pid
+        cgroup.procs.write_text(str(self.pid))
+
+    def _exit_code(self) -> int | None:
+        return self._process.poll()
 
     async def close(self) -> None:
         """The closed channel tells the worker to clean up; it is killed if it does not in time."""
@@ -108,3 +138,38 @@ class WorkerProcess:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, 9)
             await asyncio.to_thread(self._process.wait)
+        await asyncio.to_thread(end_leftover, self._cgroup, 1.0)
+
+
+class AttachedWorker(Worker):
+    """A target worker that an earlier agent started, and that has said Restored since."""
+
+    @classmethod
+    def attach(cls, path: Path, log: Path, cgroup: Cgroup) -> AttachedWorker | None:
+        """None where no such worker waits."""
+        channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            channel.settimeout(_ATTACH_TIMEOUT_S)
+            channel.connect(str(path))
+            pid: int = struct.unpack("3i", channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+        except OSError:
+            channel.close()
+            return None
+        worker = cls("target_worker", channel, log, lambda _: None)
+        worker.pid = pid
+        worker._cgroup = cgroup
+        return worker
+
+    _cgroup: Cgroup
+
+    async def close(self) -> None:
+        self._socket.close()
+        await asyncio.to_thread(end_leftover, self._cgroup, _END_TIMEOUT_S)
+
+
+def end_leftover(cgroup: Cgroup, grace_s: float) -> None:
+    """Returns when no process of a worker is left: it notices by itself that its agent is gone, and is killed
+    where it does not in time (killed at once it could be in the middle of an injection)."""
+    cgroup.wait_empty(grace_s)
+    cgroup.kill()
+    cgroup.remove()

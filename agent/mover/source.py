@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,7 @@ import msgspec
 
 from whimbrel.agent import syscalls
 from whimbrel.agent.capsule.capsule import LOG_NAME, Capsule
-from whimbrel.agent.criu.rpc import CriuFailed, CriuWorker
+from whimbrel.agent.criu.rpc import CriuWorker
 from whimbrel.agent.criu.smaps import SmapsMemory
 from whimbrel.agent.memory.pageset import PageSet
 from whimbrel.agent.memory.reader import ProcessReader
@@ -118,6 +117,9 @@ class SourceMover:
         )
         self._criu: CriuWorker | None = None
         self._smaps: dict[int, SmapsMemory] = {}
+        self._covers: list[str] = []
+        self._hot: dict[int, PageSet] = {}
+        """Pages written after the first round: the workload will want them first again."""
         self._round = 0
         self._last_sample = 0.0
         self._last_scan = 0.0
@@ -162,6 +164,8 @@ class SourceMover:
             if space in written:
                 written[space].difference_update(pages)
         for space, pages in written.items():
+            if number > 1:
+                self._hot.setdefault(space, PageSet()).update(pages)
             self._sender.send_pages(space, pages.runs(), self._read_and_sample)
         for tracked in self._tracker.spaces.values():
             with contextlib.suppress(ProcessLookupError):
@@ -236,36 +240,37 @@ class SourceMover:
             self._sender.send_pages(space, pages.written.difference(files).runs(), self._reader.read)
         frozen_at = time.monotonic()
 
-        dump = _Dump(self, status["root"], order.timeout_s)
         # With --verify nothing may overlap: while CRIU's parasite runs, the kernel updates the rseq area in
         # each thread's TLS, and a hash taken before would differ from a page read after.
-        if not self._order.verify:
-            dump.start()
-        late = tracker.frozen_pages(lambda mapping: not locked and not _early(mapping))
-        resident = {space: _union(early[space].resident, late[space].resident) for space in tracker.spaces}
-        self._channel.send(
-            Frozen(
-                freeze_ms=(frozen_at - began) * 1e3,
-                dirty_pages=sum(len(pages.written) for pages in late.values()),
-            )
-        )
+        overlap = not self._order.verify
+        if overlap:
+            self._begin_dump(status["root"], order.timeout_s)
         try:
-            for space, pages in late.items():
-                self._sender.send_pages(space, pages.written.runs(), self._reader.read)
-            if self._order.verify:
+            late = tracker.frozen_pages(lambda mapping: not locked and not _early(mapping))
+            resident = {n: _union(early[n].resident, late[n].resident) for n in tracker.spaces}
+            written = {n: _union(early[n].written, late[n].written) for n in tracker.spaces}
+            self._channel.send(
+                Frozen(
+                    freeze_ms=(frozen_at - began) * 1e3,
+                    dirty_pages=sum(len(pages) for pages in written.values()),
+                )
+            )
+            for number, pages in late.items():
+                self._sender.send_pages(number, pages.written.runs(), self._reader.read)
+            if not overlap:
                 self._send_digests(resident)
-                dump.start()
+                self._begin_dump(status["root"], order.timeout_s)
         finally:
-            dump.join()
-        dumped_at = time.monotonic()
+            dump_ms = self._finish_dump(order.timeout_s)
         if not self._capsule.cgroup.is_frozen():
             raise CheckpointFailed("expected the workload's cgroup frozen after the dump, found it running")
-        self._channel.send(Dumped(dump_ms=(dumped_at - frozen_at) * 1e3))
+        self._channel.send(Dumped(dump_ms=dump_ms))
         image_bytes = self._send_images()
         final = handover.Final(
             lazy=order.lazy,
             commit_by=order.commit_by,
-            pages={space: pages.pack() for space, pages in resident.items()},
+            pages={number: pages.pack() for number, pages in resident.items()},
+            hot={number: _union(self._hot.get(number), pages).pack() for number, pages in written.items()},
             last_pid=int(self._capsule.call("last_pid")["was"]),
             root_pid=int(status["root"]),
             verify=self._order.verify,
@@ -274,16 +279,16 @@ class SourceMover:
         self._sender.send_message(handover.COMPLETE)
         self._sender.flush(order.timeout_s)
         return Streamed(
-            stream_ms=(time.monotonic() - dumped_at) * 1e3,
+            # What CRIU's dump did not hide.
+            stream_ms=max(0.0, (time.monotonic() - frozen_at) * 1e3 - dump_ms),
             image_bytes=image_bytes,
             sent_bytes=self._sender.stats().sent_bytes,
         )
 
-    def run_criu(self, root_pid: int, timeout_s: float) -> None:
-        """CRIU's dump with the workload's page tables covered: CRIU finds no page to dump but the vDSO."""
+    def _begin_dump(self, root_pid: int, timeout_s: float) -> None:
+        """Starts CRIU's dump with the workload's page tables covered: it finds no page but the vDSO's."""
+        self._prepare_criu()
         assert self._criu is not None
-        criu, self._criu = self._criu, None
-        covers: list[str] = []
         trees: list[int] = []
         images = self._capsule.images
         for old in images.iterdir():
@@ -291,27 +296,37 @@ class SourceMover:
         try:
             for number, space in self._tracker.spaces.items():
                 # Any process with an address space unlike the workload's will do: it shows nothing of it.
-                covers.append(f"/proc/{number}/pagemap")
-                trees.append(syscalls.open_tree_clone(f"/proc/{criu.pid}/pagemap"))
+                self._covers.append(f"/proc/{number}/pagemap")
+                trees.append(syscalls.open_tree_clone(f"/proc/{self._criu.pid}/pagemap"))
                 known = self._smaps.get(number)
                 stand_in = known.stand_in(space.pid) if known is not None else None
                 if stand_in is not None:
                     shown = images / f"smaps-{number}"
                     shown.write_bytes(stand_in)
-                    covers.append(f"/proc/{number}/smaps")
+                    self._covers.append(f"/proc/{number}/smaps")
                     trees.append(syscalls.open_tree_clone(str(shown)))
-            self._capsule.call("hide", trees, paths=covers)
-            criu.dump(
-                root_pid=root_pid,
-                images=images,
-                freeze_cgroup=self._capsule.cgroup.path,
-                timeout_s=timeout_s,
-            )
+            self._capsule.call("hide", trees, paths=self._covers)
         finally:
             for tree in trees:
                 os.close(tree)
-            self._capsule.call("uncover", paths=covers)
+        self._criu.begin_dump(
+            root_pid=root_pid,
+            images=images,
+            freeze_cgroup=self._capsule.cgroup.path,
+            timeout_s=timeout_s,
+        )
+
+    def _finish_dump(self, timeout_s: float) -> float:
+        """Waits for CRIU where it was started; uncovers what was covered. Milliseconds it took."""
+        if self._criu is None or not self._covers:
+            return 0.0
+        criu, self._criu = self._criu, None
+        try:
+            return criu.finish_dump(self._capsule.images, timeout_s)
+        finally:
             criu.close()
+            covers, self._covers = self._covers, []
+            self._capsule.call("uncover", paths=covers)
 
     def _send_images(self) -> int:
         total = 0
@@ -340,32 +355,6 @@ class SourceMover:
             self._sender.send_file(f"{handover.DIGESTS}{space}", digests)
 
 
-class _Dump(threading.Thread):
-    """CRIU beside the page stream; `join` raises what went wrong."""
-
-    def __init__(self, mover: SourceMover, root_pid: int, timeout_s: float) -> None:
-        super().__init__(name="criu-dump", daemon=True)
-        self._mover = mover
-        self._root_pid = root_pid
-        self._timeout_s = timeout_s
-        self._error: BaseException | None = None
-
-    def run(self) -> None:
-        try:
-            self._mover.run_criu(self._root_pid, self._timeout_s)
-        except BaseException as error:
-            self._error = error
-
-    def join(self, timeout: float | None = None) -> None:
-        if self.ident is None:
-            return  # never started: what failed before is on its way up
-        super().join(timeout if timeout is not None else self._timeout_s + 10)
-        if self.is_alive():
-            raise CriuFailed(f"criu dump did not end within {self._timeout_s + 10:g} s")
-        if self._error is not None:
-            raise self._error
-
-
 def _early(mapping: Mapping) -> bool:
     return not mapping.anonymous or "x" in mapping.permissions
 
@@ -375,8 +364,8 @@ def _file_part(mappings: list[Mapping], pages: PageSet) -> PageSet:
     return pages.intersection(files)
 
 
-def _union(first: PageSet, second: PageSet) -> PageSet:
-    both = first.copy()
+def _union(first: PageSet | None, second: PageSet) -> PageSet:
+    both = first.copy() if first is not None else PageSet()
     both.update(second)
     return both
 

@@ -26,7 +26,6 @@ from whimbrel.agent.memory.pageset import PageSet
 from whimbrel.agent.memory.store import PageStore, digest_runs
 from whimbrel.agent.mover import handover
 from whimbrel.agent.mover.channel import (
-    Channel,
     Failed,
     Filled,
     OpenTarget,
@@ -41,8 +40,11 @@ from whimbrel.agent.stream.receiver import StreamReceiver
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from whimbrel.agent.mover.lasting_channel import LastingChannel
+
 _RESTORE_TIMEOUT_S: Final = 60.0
-_VERDICT_TIMEOUT_S: Final = 600.0
+# An agent that dies is waited for: only its successor can say what the register says.
+_VERDICT_TIMEOUT_S: Final = 24 * 3600.0
 
 
 class HandoverIncomplete(Exception):
@@ -52,7 +54,7 @@ class HandoverIncomplete(Exception):
 class TargetMover:
     """One migration of one workload, seen from its target."""
 
-    def __init__(self, order: OpenTarget, channel: Channel) -> None:
+    def __init__(self, order: OpenTarget, channel: LastingChannel) -> None:
         self._order = order
         self._channel = channel
         self._capsule = Capsule(Path(order.root), order.host, order.workload)
@@ -154,12 +156,16 @@ class TargetMover:
         if final.lazy:
             # Faults are served before the processes run: the kernel touches some pages for a restore.
             self._store.sync()
-            self._faults.serve(owed)
+            hot = {space: PageSet.unpack(pages) for space, pages in final.hot.items()}
+            self._faults.serve(owed, hot)
         assert self._criu is not None
         criu, self._criu = self._criu, None
         resumed_at: list[float] = []
 
         def judge() -> bool:
+            # Every mapping is registered now, and the commit takes some milliseconds: fill the hot pages.
+            if final.lazy:
+                self._faults.push()
             self._channel.send(
                 Restored(
                     restore_ms=(time.monotonic() - began) * 1e3,
@@ -176,8 +182,6 @@ class TargetMover:
         finally:
             criu.close()
         self._channel.send(Resumed(resume_ms=(time.monotonic() - resumed_at[0]) * 1e3))
-        if final.lazy:
-            self._faults.push()  # not before: CRIU's last steps and the first faults want the processor
         self._capsule.call("adopt", pid=final.root_pid)
         self._capsule.call("last_pid", set=final.last_pid)
         filled = self._faults.wait_filled() if final.lazy else Filled(fill_ms=0.0, faults=0, fault_p99_us=0.0)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
-from whimbrel.agent.mover.channel import Channel, Failed, OpenTarget, Verdict
+from whimbrel.agent.capsule.capsule import Capsule
+from whimbrel.agent.mover.channel import Failed, OpenTarget, Verdict
+from whimbrel.agent.mover.lasting_channel import SOCKET_NAME, LastingChannel
 from whimbrel.agent.mover.target import TargetMover
 
 
 def main() -> None:
-    channel = Channel(int(sys.argv[1]))
+    channel = LastingChannel(int(sys.argv[1]))
     order = channel.receive()
     if not isinstance(order, OpenTarget):
         return
+    channel.listen(Capsule(Path(order.root), order.host, order.workload).folder / SOCKET_NAME)
     mover = TargetMover(order, channel)
     try:
         channel.send(mover.open())

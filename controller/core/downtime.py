@@ -23,19 +23,18 @@ LEARNING_RATE: Final = 0.4
 SCALE_MIN: Final = 0.05
 SCALE_MAX: Final = 20.0
 
-_FREEZE_MS: Final = 6.0
-_FREEZE_MS_PER_PROCESS: Final = 0.3
-_FREEZE_MS_PER_GIB: Final = 5.0
-_DUMP_MS: Final = 35.0
-_DUMP_MS_PER_PROCESS: Final = 2.0
-_DUMP_MS_PER_GIB: Final = 50.0
-_DUMP_SHARE_NEVER_HIDDEN: Final = 0.3
-_STREAM_MS: Final = 2.0
-_RESTORE_MS: Final = 35.0
-_RESTORE_MS_PER_PROCESS: Final = 2.0
-_EAGER_RESTORE_MS_PER_GIB: Final = 500.0
-_COMMIT_MS: Final = 3.0
-_FLIP_MS: Final = 4.0
+_FREEZE_MS: Final = 3.0
+_FREEZE_MS_PER_PROCESS: Final = 0.5
+_DUMP_MS: Final = 14.0
+_DUMP_MS_PER_PROCESS: Final = 3.0
+_SCAN_MS_PER_GIB: Final = 4.0
+_STREAM_MS: Final = 4.0
+_RESTORE_MS: Final = 18.0
+_RESTORE_MS_PER_PROCESS: Final = 4.0
+_EAGER_RESTORE_MS_PER_GIB: Final = 700.0
+_COMMIT_MS: Final = 6.0
+_FLIP_MS: Final = 2.0
+_OTHER_MS: Final = 15.0
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,7 +62,7 @@ class DowntimeModel(msgspec.Struct, frozen=True, kw_only=True):
     restore: float = 1.0
     commit: float = 1.0
     flip: float = 1.0
-    other_ms: float = 0.0
+    other_ms: float = _OTHER_MS
     image_bytes_per_process: float = 256.0 * 1024
     samples: int = 0
 
@@ -100,17 +99,18 @@ class DowntimeModel(msgspec.Struct, frozen=True, kw_only=True):
 def _prior(load: Load, image_bytes_per_process: float) -> PhaseTimes:
     processes = max(1, load.processes)
     memory_gib = load.memory_bytes / GIB
-    stream_ms = _STREAM_MS + stream_bytes_ms(
-        load.remaining_bytes + image_bytes_per_process * processes, load.rate()
-    )
-    # The dump runs while pages stream; what outlasts the stream shows, and so does its beginning and end.
-    dump_ms = _DUMP_MS + _DUMP_MS_PER_PROCESS * (processes - 1) + _DUMP_MS_PER_GIB * memory_gib
+    # CRIU dumps no memory, so its time does not grow with it; the page scan and the last pages go on beside
+    # it, and only what outlasts it counts as streaming.
+    dump_ms = _DUMP_MS + _DUMP_MS_PER_PROCESS * (processes - 1)
+    pages_ms = _SCAN_MS_PER_GIB * memory_gib + stream_bytes_ms(load.remaining_bytes, load.rate())
+    images_ms = stream_bytes_ms(image_bytes_per_process * processes, load.rate())
+    stream_ms = _STREAM_MS + images_ms + max(0.0, pages_ms - dump_ms)
     restore_ms = _RESTORE_MS + _RESTORE_MS_PER_PROCESS * (processes - 1)
     if load.strategy in (Strategy.PRE_COPY, Strategy.STOP_AND_COPY):
         restore_ms += _EAGER_RESTORE_MS_PER_GIB * memory_gib
     return PhaseTimes(
-        freeze=_FREEZE_MS + _FREEZE_MS_PER_PROCESS * processes + _FREEZE_MS_PER_GIB * memory_gib,
-        dump=max(dump_ms - stream_ms, dump_ms * _DUMP_SHARE_NEVER_HIDDEN),
+        freeze=_FREEZE_MS + _FREEZE_MS_PER_PROCESS * processes,
+        dump=dump_ms,
         stream=stream_ms,
         restore=restore_ms,
         commit=_COMMIT_MS,
