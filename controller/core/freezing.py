@@ -34,7 +34,7 @@ def final(move: Move, checkpoint: Checkpoint, now: float) -> Outcome:
 
 
 def _freeze(move: Move, checkpoint: Checkpoint, now: float) -> Outcome:
-    commit_by = now + speech.commit_window_s(checkpoint)
+    commit_by = now + speech.commit_window_s(move, checkpoint)
     state = Freezing(
         move=move,
         checkpoint=msgspec.structs.replace(checkpoint, frozen_at=now),

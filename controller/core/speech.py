@@ -23,6 +23,8 @@ FREEZE_ANSWER_S: Final = 3.0
 DRAIN_MS_MAX: Final = 100.0
 DRAIN_MS_MIN: Final = 10.0
 DRAIN_SHARE_OF_BUDGET: Final = 0.25
+HASH_BYTES_PER_S: Final = 100e6
+"""--verify: every page on both sides, one after the other; measured at 300e6 and more on a busy core."""
 COMMIT_S: Final = 10.0
 """Besides three times the prediction; a failure that shows itself ends the freeze long before."""
 UNDECIDED_S: Final = 2.0
@@ -37,8 +39,9 @@ def drain_limit_ms(move: Move) -> float:
     return max(DRAIN_MS_MIN, min(DRAIN_MS_MAX, move.limits.budget_ms * DRAIN_SHARE_OF_BUDGET))
 
 
-def commit_window_s(checkpoint: Checkpoint) -> float:
-    return COMMIT_S + 3.0 * checkpoint.predicted.total_ms() / 1000.0
+def commit_window_s(move: Move, checkpoint: Checkpoint) -> float:
+    hashing_s = 2 * checkpoint.load.memory_bytes / HASH_BYTES_PER_S if move.verify else 0.0
+    return COMMIT_S + 3.0 * checkpoint.predicted.total_ms() / 1000.0 + hashing_s
 
 
 # --- to the agents --------------------------------------------------------------------------------------
@@ -160,7 +163,7 @@ def release(move: Move, attempt: int, now: float) -> Send:
 def hold(move: Move, gate: str, checkpoint: Checkpoint, now: float) -> Send:
     drain_ms = drain_limit_ms(move)
     # A gate that hears nothing more lets go, but never before the migration has decided.
-    undecided_s = commit_window_s(checkpoint) + UNDECIDED_S + FREEZE_ANSWER_S + ANSWER_S
+    undecided_s = commit_window_s(move, checkpoint) + UNDECIDED_S + FREEZE_ANSWER_S + ANSWER_S
     return Send(
         host=gate,
         command=commands.HoldTraffic(
