@@ -14,7 +14,7 @@ import whimbrel
 from whimbrel.agent.assess import assess_source, assess_target
 from whimbrel.agent.capsule.capsule import CapsuleError
 from whimbrel.agent.host_facts import HostFacts
-from whimbrel.agent.recovery import recover
+from whimbrel.agent.recovery import Recovery
 from whimbrel.agent.source_side import SourceSide
 from whimbrel.agent.stream.identity import Identity
 from whimbrel.agent.target_side import TargetSide
@@ -71,7 +71,9 @@ class Agent:
 
     async def run(self) -> None:
         """Until cancelled."""
-        await recover(self._bus, self._host, self._workloads)
+        recovery = Recovery(self._bus, self._host, self._root, self._identity_folder, self._workloads)
+        await recovery.run()
+        self._targets.update(recovery.targets)
         await self._heartbeat()
         await self._bus.serve_commands(self._host, self.handle)
         self._bus.publish_soon(

@@ -1,42 +1,149 @@
 """What an agent does with what it finds when it starts: the register, not the agent, decides.
 
-A capsule remembers in its folder whether it is the source or the target of a migration. No verdict yet means
-that this agent's part died with it: ABORTED is written if it still can be, and then the source's copy thaws
-and the target's is thrown away.
+A capsule remembers in its folder whether it is the source or the target of a migration. A target worker that
+has restored something waits for this agent, which goes on with it where the last one stood. Otherwise this
+agent's part died with it: ABORTED is written if it still can be, and then the source's copy thaws and the
+target's is thrown away. The rest is told to the controller, which need not wait for its timeouts then.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from typing import TYPE_CHECKING
+import shutil
+import time
+from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
+
+from whimbrel.agent.capsule.cgroup import Cgroup
+from whimbrel.agent.mover.process import end_leftover, worker_cgroup, workers_folder
 from whimbrel.agent.register import DecisionRegister
+from whimbrel.agent.target_side import TargetSide
+from whimbrel.events.commands import PrepareTarget
+from whimbrel.events.facts import (
+    SourceReleased,
+    SourceThawed,
+    StepFailed,
+    TargetDiscarded,
+    TargetFilled,
+    TargetResumed,
+)
+from whimbrel.events.ids import new_id
 from whimbrel.events.records import Decision
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from whimbrel.agent.capsule.capsule import Capsule
     from whimbrel.agent.workloads import Workloads
     from whimbrel.events.bus import Bus
 
 _log = logging.getLogger(__name__)
 
+_WORKER_GRACE_S: Final = 5.0
+"""A worker notices the death of its agent at its next word to it; then it takes its tracking back."""
 
-async def recover(bus: Bus, host: str, workloads: Workloads) -> None:
-    for name in workloads.names():
-        capsule = workloads.capsule(name)
-        if not await asyncio.to_thread(capsule.is_alive):
-            await asyncio.to_thread(capsule.destroy)
-            continue
+
+class Recovery:
+    """One pass over what an earlier agent of this host left; `run` once, before commands are taken."""
+
+    def __init__(self, bus: Bus, host: str, root: Path, identity_folder: Path, workloads: Workloads) -> None:
+        self._bus = bus
+        self._host = host
+        self._root = root
+        self._identity_folder = identity_folder
+        self._workloads = workloads
+        self.targets: dict[str, TargetSide] = {}
+        """Migrations that go on."""
+
+    async def run(self) -> None:
+        for name in self._workloads.names():
+            await self._recover(self._workloads.capsule(name))
+        await asyncio.to_thread(self._sweep)
+
+    async def _recover(self, capsule: Capsule) -> None:
+        alive = await asyncio.to_thread(capsule.is_alive)
         role = capsule.read_role()
-        if role is not None:
-            side, migration = role
-            decision = await DecisionRegister(bus, migration, f"{side}:{host}").abort("the agent restarted")
-            _log.warning("found %s of migration %s: the register says %s", side, migration, decision)
-            keep = (side == "source") == (decision is Decision.ABORTED)
-            if not keep:
+        if role is None:
+            if alive:
+                self._workloads.watch(capsule.workload)
+            else:
                 await asyncio.to_thread(capsule.destroy)
-                continue
-            if side == "source":
-                await asyncio.to_thread(capsule.let_run)
-            capsule.clear_role()
-        workloads.watch(name)
+            return
+        side, migration = role
+        if side == "target" and alive and await self._reattached(capsule, migration):
+            _log.warning("goes on with the target of migration %s", migration)
+            return
+        decision = await DecisionRegister(self._bus, migration, f"{side}:{self._host}").abort(
+            "the agent restarted"
+        )
+        _log.warning("found the %s of migration %s: the register says %s", side, migration, decision)
+        # The old worker must be gone first: it could freeze again what thaws here.
+        await asyncio.to_thread(end_leftover, worker_cgroup(self._root, side, migration), _WORKER_GRACE_S)
+        keep = alive and (side == "source") == (decision is Decision.ABORTED)
+        if not keep:
+            await asyncio.to_thread(capsule.destroy)
+        elif side == "source":
+            await asyncio.to_thread(capsule.let_run)
+        capsule.clear_role()
+        if keep:
+            self._workloads.watch(capsule.workload)
+        self._tell(side, migration, decision)
+
+    async def _reattached(self, capsule: Capsule, migration: str) -> bool:
+        written = capsule.read_order()
+        if written is None:
+            return False
+        try:
+            order = msgspec.json.decode(written, type=PrepareTarget)
+        except msgspec.MsgspecError:
+            return False  # it died while writing it: nothing was restored then
+        target = TargetSide(self._bus, self._host, self._root, self._identity_folder, self._workloads, order)
+        if not await target.reattach():
+            return False
+        self.targets[migration] = target
+        return True
+
+    def _tell(self, side: str, migration: str, decision: Decision) -> None:
+        events: list[Any] = []
+        match side, decision:
+            case "source", Decision.COMMITTED:
+                events = [SourceReleased(**self._envelope(migration))]
+            case "target", Decision.COMMITTED:
+                events = [
+                    TargetResumed(**self._envelope(migration), commit_ms=0.0),
+                    TargetFilled(
+                        **self._envelope(migration), fill_ms=0.0, faults=0, fault_p99_us=0.0, at_risk_ms=0.0
+                    ),
+                ]
+            case _:
+                events = [
+                    StepFailed(
+                        **self._envelope(migration),
+                        step=f"{side} agent",
+                        reason=f"the agent of {self._host} was restarted in the middle of the migration",
+                        remedy="see why it ended (its log), then migrate again",
+                    )
+                ]
+                if side == "source":
+                    events.append(SourceThawed(**self._envelope(migration), frozen_ms=0.0))
+                else:
+                    events.append(TargetDiscarded(**self._envelope(migration)))
+        for event in events:
+            self._bus.publish_soon(event)
+
+    def _sweep(self) -> None:
+        """Workers and page stores of migrations that do not go on."""
+        with contextlib.suppress(FileNotFoundError):
+            for folder in workers_folder(self._root).iterdir():
+                if folder.is_dir() and folder.name.partition("-")[2] not in self.targets:
+                    end_leftover(Cgroup(folder), _WORKER_GRACE_S)
+        with contextlib.suppress(FileNotFoundError):
+            for folder in (self._root / "stores").iterdir():
+                if folder.name not in self.targets:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    def _envelope(self, migration: str) -> dict[str, Any]:
+        return {"id": new_id(), "at": time.time(), "host": self._host, "migration": migration}

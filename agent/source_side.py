@@ -22,7 +22,7 @@ from whimbrel.agent.mover.channel import (
     SourceOpened,
     Streamed,
 )
-from whimbrel.agent.mover.process import WorkerFailed, WorkerProcess
+from whimbrel.agent.mover.process import WorkerFailed, WorkerProcess, worker_cgroup
 from whimbrel.agent.register import DecisionRegister
 from whimbrel.events.errors import BusError
 from whimbrel.events.facts import (
@@ -140,7 +140,10 @@ class SourceSide:
     async def _open(self) -> None:
         order = self._order
         self._worker = WorkerProcess(
-            "whimbrel.agent.mover.source_worker", self._capsule.folder / "source.log", self._on_message
+            "whimbrel.agent.mover.source_worker",
+            self._capsule.folder / "source.log",
+            self._on_message,
+            worker_cgroup(self._root, "source", self.migration),
         )
         self._worker.send(
             OpenSource(

@@ -11,8 +11,11 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
+
 from whimbrel.agent.mover.channel import Filled, OpenTarget, Restored, Resumed, TargetOpened, Verdict
-from whimbrel.agent.mover.process import WorkerFailed, WorkerProcess
+from whimbrel.agent.mover.lasting_channel import SOCKET_NAME
+from whimbrel.agent.mover.process import AttachedWorker, Worker, WorkerFailed, WorkerProcess, worker_cgroup
 from whimbrel.agent.register import DecisionRegister
 from whimbrel.events.facts import (
     StepFailed,
@@ -26,6 +29,7 @@ from whimbrel.events.ids import new_id
 from whimbrel.events.records import Decision
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
     from pathlib import Path
 
     from whimbrel.agent.capsule.capsule import Capsule
@@ -62,14 +66,30 @@ class TargetSide:
         self._order = order
         self._capsule: Capsule = workloads.capsule(order.spec.name)
         self._register = DecisionRegister(bus, self.migration, f"target:{host}")
-        self._worker: WorkerProcess | None = None
+        self._worker: Worker | None = None
+        self._cgroup = worker_cgroup(root, "target", self.migration)
+        self._restored = False
         self._busy = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
         self._ended = False
         self._made = False
 
     def prepare(self) -> None:
-        self._task = asyncio.create_task(self._guarded(), name=f"target of {self.migration}")
+        self._task = asyncio.create_task(self._guarded(self._follow()), name=f"target of {self.migration}")
+
+    async def reattach(self) -> bool:
+        """Goes on with the worker that an earlier agent left waiting; False where there is none."""
+        worker = await asyncio.to_thread(
+            AttachedWorker.attach, self._capsule.folder / SOCKET_NAME, self._log_path(), self._cgroup
+        )
+        if worker is None:
+            return False
+        self._made = self._restored = True
+        self._worker = worker
+        self._task = asyncio.create_task(
+            self._guarded(self._finish(worker)), name=f"target of {self.migration}"
+        )
+        return True
 
     async def abort(self, cause: str, reason: str) -> Decision:
         """ABORTED: nothing of the migration is left here. COMMITTED: too late, nothing is done."""
@@ -79,17 +99,21 @@ class TargetSide:
         return decision
 
     async def close(self) -> None:
+        """The agent stops. What was restored is left to its worker, until the next agent comes."""
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
         if self._worker is not None:
-            await self._worker.close()
+            if self._restored:
+                self._worker.detach()
+            else:
+                await self._worker.close()
             self._worker = None
 
-    async def _guarded(self) -> None:
+    async def _guarded(self, work: Coroutine[None, None, None]) -> None:
         try:
-            await self._follow()
+            await work
         except WorkerFailed as error:
             await self._failed(error.step, error.reason, error.remedy)
         except Exception as error:
@@ -100,9 +124,10 @@ class TargetSide:
         order = self._order
         await asyncio.to_thread(self._capsule.create)
         self._made = True
+        self._capsule.write_order(msgspec.json.encode(order))
         self._capsule.write_role("target", self.migration)
         worker = WorkerProcess(
-            "whimbrel.agent.mover.target_worker", self._capsule.folder / "target.log", lambda _: None
+            "whimbrel.agent.mover.target_worker", self._log_path(), lambda _: None, self._cgroup
         )
         self._worker = worker
         worker.send(
@@ -119,7 +144,13 @@ class TargetSide:
         )
         opened = await worker.expect(TargetOpened, _OPEN_TIMEOUT_S)
         self._say(TargetReady(**self._envelope(), stream_port=opened.port))
+        await self._finish(worker)
+
+    async def _finish(self, worker: Worker) -> None:
+        """From the restore to the end; a worker that was left by another agent says all of it again."""
+        order = self._order
         restored = await worker.expect(Restored, _MIGRATION_TIMEOUT_S)
+        self._restored = True
         restored_at = time.monotonic()
         decision = await self._register.commit(restored.commit_by)
         worker.send(Verdict(go=decision is Decision.COMMITTED))
@@ -155,6 +186,10 @@ class TargetSide:
         _log.warning("migration %s: %s: %s", self.migration, step, reason)
         if await self._register.abort(reason) is Decision.ABORTED:
             await self._discard(self._order.id, quiet=True)
+        elif self._worker is not None:  # too late to undo anything: what runs here is the live copy
+            self._workloads.watch(self._order.spec.name)
+            await self._worker.close()
+            self._worker = None
         self._say(StepFailed(**self._envelope(), step=step, reason=reason, remedy=remedy))
 
     async def _discard(self, cause: str, *, quiet: bool = False) -> None:
@@ -165,10 +200,15 @@ class TargetSide:
                 if self._made:
                     await asyncio.to_thread(self._capsule.destroy)
                 if self._worker is not None:
+                    with contextlib.suppress(WorkerFailed):
+                        self._worker.send(Verdict(go=False))  # or it would wait for another agent
                     await self._worker.close()
                     self._worker = None
             if not quiet:
                 self._say(TargetDiscarded(**{**self._envelope(), "cause": cause}))
+
+    def _log_path(self) -> Path:
+        return self._capsule.folder / "target.log"
 
     def _envelope(self) -> dict[str, Any]:
         return {

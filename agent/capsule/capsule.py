@@ -37,6 +37,11 @@ FIRST_PID: Final = 1000
 _TMPFS_MAGIC: Final = 0x01021994
 
 
+def agent_cgroup(root: Path) -> Path:
+    """Below it: a cgroup per workload of the agent with this run folder, and one for its workers."""
+    return find_cgroup2() / str(root).removeprefix("/dev/shm/").strip("/").replace("/", "-")
+
+
 class CapsuleError(Exception):
     """The keeper refused, is gone, or did not answer in time."""
 
@@ -48,8 +53,7 @@ class Capsule:
         self.folder = root / "capsules" / workload
         self.workload = workload
         # The run folder is unique to an agent, so a name made of it is too.
-        agent = str(root).removeprefix("/dev/shm/").strip("/").replace("/", "-")
-        base = find_cgroup2() / agent / workload
+        base = agent_cgroup(root) / workload
         self._base = Cgroup(base)
         self.cgroup = Cgroup(base / "workload")
         self.criu_cgroup = Cgroup(base / "criu")
@@ -216,6 +220,16 @@ class Capsule:
 
     def clear_role(self) -> None:
         (self.folder / "role").unlink(missing_ok=True)
+
+    def write_order(self, content: bytes) -> None:
+        """What the target was told, for an agent that has to go on in the middle."""
+        (self.folder / "order").write_bytes(content)
+
+    def read_order(self) -> bytes | None:
+        try:
+            return (self.folder / "order").read_bytes()
+        except FileNotFoundError:
+            return None
 
     def is_alive(self) -> bool:
         try:

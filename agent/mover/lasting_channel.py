@@ -12,7 +12,16 @@ import socket
 import threading
 from typing import TYPE_CHECKING, Final
 
-from whimbrel.agent.mover.channel import MESSAGE_BYTES_MAX, AnyMessage, Filled, Restored, decode, encode
+from whimbrel.agent.mover.channel import (
+    MESSAGE_BYTES_MAX,
+    AnyMessage,
+    Failed,
+    Filled,
+    Restored,
+    Verdict,
+    decode,
+    encode,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,7 +39,8 @@ class LastingChannel:
         self._listener: socket.socket | None = None
         self._kept: list[AnyMessage] = []
         """Everything since Restored, for an agent that comes later."""
-        self._heard_all = False
+        self._over = False
+        """Nothing is left that a later agent would have to be asked."""
         self._ended = False
 
     def listen(self, path: Path) -> None:
@@ -49,7 +59,7 @@ class LastingChannel:
                 self._kept.append(message)
             try:
                 self._socket.send(encode(message))
-                self._heard_all = isinstance(message, Filled)
+                self._over = self._over or isinstance(message, Filled | Failed)
             except OSError:
                 if not self._kept:
                     raise
@@ -60,15 +70,18 @@ class LastingChannel:
             with contextlib.suppress(OSError):
                 data = self._socket.recv(MESSAGE_BYTES_MAX)
                 if data:
-                    return decode(data)
+                    message = decode(data)
+                    if isinstance(message, Verdict) and not message.go:
+                        self._over = True
+                    return message
             with self._lock:
-                if not self._kept or self._heard_all or self._listener is None:
+                if not self._kept or self._over or self._listener is None:
                     self._ended = True
                     return None
             connection, _ = self._listener.accept()
             with self._lock, contextlib.suppress(OSError):
                 self._socket.close()
                 self._socket = connection
-                for message in self._kept:
-                    connection.send(encode(message))
-                    self._heard_all = isinstance(message, Filled)
+                for kept in self._kept:
+                    connection.send(encode(kept))
+                    self._over = self._over or isinstance(kept, Filled | Failed)

@@ -12,13 +12,13 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from whimbrel.agent.capsule.capsule import agent_cgroup
+from whimbrel.agent.capsule.cgroup import Cgroup
 from whimbrel.agent.mover.channel import MESSAGE_BYTES_MAX, AnyMessage, Failed, Message, decode, encode
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
-
-    from whimbrel.agent.capsule.cgroup import Cgroup
 
 _log = logging.getLogger(__name__)
 _END_TIMEOUT_S: Final = 15.0
@@ -134,7 +134,7 @@ class WorkerProcess(Worker):
         try:
             await asyncio.to_thread(self._process.wait, _END_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            _log.warning("worker %s pid %d did not end, killing it", self._module, self.pid)
+            _log.warning("worker %s pid %d did not end, killing it", self._name, self.pid)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, 9)
             await asyncio.to_thread(self._process.wait)
@@ -144,6 +144,11 @@ class WorkerProcess(Worker):
 class AttachedWorker(Worker):
     """A target worker that an earlier agent started, and that has said Restored since."""
 
+    def __init__(self, channel: socket.socket, log: Path, cgroup: Cgroup) -> None:
+        super().__init__("target_worker", channel, log, lambda _: None)
+        self._cgroup = cgroup
+        self.pid = struct.unpack("3i", channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+
     @classmethod
     def attach(cls, path: Path, log: Path, cgroup: Cgroup) -> AttachedWorker | None:
         """None where no such worker waits."""
@@ -151,20 +156,24 @@ class AttachedWorker(Worker):
         try:
             channel.settimeout(_ATTACH_TIMEOUT_S)
             channel.connect(str(path))
-            pid: int = struct.unpack("3i", channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
         except OSError:
             channel.close()
             return None
-        worker = cls("target_worker", channel, log, lambda _: None)
-        worker.pid = pid
-        worker._cgroup = cgroup
-        return worker
-
-    _cgroup: Cgroup
+        return cls(channel, log, cgroup)
 
     async def close(self) -> None:
         self._socket.close()
         await asyncio.to_thread(end_leftover, self._cgroup, _END_TIMEOUT_S)
+
+
+def workers_folder(root: Path) -> Path:
+    """The cgroup of all workers of an agent; no workload's name begins like this one."""
+    return agent_cgroup(root) / "_workers"
+
+
+def worker_cgroup(root: Path, side: str, migration: str) -> Cgroup:
+    """`side` is source or target."""
+    return Cgroup(workers_folder(root) / f"{side}-{migration}")
 
 
 def end_leftover(cgroup: Cgroup, grace_s: float) -> None:

@@ -53,7 +53,7 @@ def take(cluster: Cluster) -> Census:
         nft_tables += [f"{name}: {line}" for line in listed.stdout.splitlines()]
         store = cluster.store_dir(name)
         cgroup = root / str(store).removeprefix("/dev/shm/").replace("/", "-")
-        cgroups += [str(path) for path in sorted(cgroup.rglob("*/"))]
+        cgroups += [str(path) for path in sorted(cgroup.rglob("*/")) if path.name != "_workers"]
         files += [str(path) for path in sorted(store.rglob("*")) if path.is_file() or path.is_socket()]
         agent = cluster.children[f"agent-{name}"].process.pid
         fds[name] = len(os.listdir(f"/proc/{agent}/fd"))

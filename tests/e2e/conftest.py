@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 import pytest_asyncio
-
 from tests.e2e import census
+
 from whimbrel.controller.demo.cluster import Cluster, RequestDeclined
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests.e2e import census
+
 from whimbrel.events.records import OnMissedBudget, WorkloadSpec
 
 if TYPE_CHECKING:

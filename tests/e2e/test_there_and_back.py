@@ -8,9 +8,9 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-
 from tests.e2e import census
 from tests.e2e.moving import REDIS_ARGV, REDIS_PORT, WORKLOADS, Mine, start_script
+
 from whimbrel.controller.demo.users import Users
 from whimbrel.events.records import WorkloadSpec
 
