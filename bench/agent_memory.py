@@ -86,17 +86,20 @@ class MemoryWatch:
 
     def _sample(self, peak: _Peak, agent: int) -> None:
         parts: dict[str, int] = {}
-        waiting = [agent]
+        waiting = [(agent, b"")]
         while waiting:
-            pid = waiting.pop()
+            pid, parent = waiting.pop()
             with suppress(OSError, ValueError):
-                name, kib = _process(pid, self._capsule)
+                command = Path(f"/proc/{pid}/cmdline").read_bytes()
+                if command == parent:
+                    continue  # between fork and exec it shows its parent's memory once more
+                name, kib = _process(pid, command.split(b"\0"), self._capsule)
                 if name is None:
                     continue  # its children are not ours to count either
                 parts[name] = parts.get(name, 0) + kib
                 # Children belong to the thread that forked them.
                 for task in Path(f"/proc/{pid}/task").iterdir():
-                    waiting += [int(word) for word in (task / "children").read_text().split()]
+                    waiting += [(int(word), command) for word in (task / "children").read_text().split()]
         total = sum(parts.values())
         for name, kib in parts.items():
             peak.largest_kib[name] = max(peak.largest_kib.get(name, 0), kib)
@@ -104,7 +107,7 @@ class MemoryWatch:
             peak.total_kib, peak.parts_kib = total, parts
 
 
-def _process(pid: int, capsule: bytes) -> tuple[str | None, int]:
+def _process(pid: int, words: list[bytes], capsule: bytes) -> tuple[str | None, int]:
     """(name, RssAnon in KiB); no name for a workload, or the keeper of another capsule."""
     kib, inner = 0, []
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
@@ -114,7 +117,6 @@ def _process(pid: int, capsule: bytes) -> tuple[str | None, int]:
             inner = line.split()[1:]
     if len(inner) > 1 and int(inner[-1]) >= FIRST_WORKLOAD_PID:
         return None, kib
-    words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     for word in words:
         if word in _NAMES:
             name = _NAMES[word]

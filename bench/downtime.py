@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -155,14 +156,11 @@ class Bench:
         self._result(f"gap [bold]{result['gap_ms']:.0f} ms[/]  {parts}")
 
     async def _saturated(self, cluster: Cluster) -> None:
-        options = self._options
-        for name, way in (
-            (
-                "saturated hotset, 256 MiB",
-                lambda: saturated.saturated_hotset(cluster, 256, options.hotset()),
-            ),
+        ways: list[tuple[str, Callable[[], Awaitable[dict[str, Any]]]]] = [
+            ("saturated hotset, 256 MiB", lambda: self._saturated_hotset(cluster)),
             ("saturated Redis", lambda: saturated.saturated_redis(cluster)),
-        ):
+        ]
+        for name, way in ways:
             self._say(name)
             try:
                 result = await way()
@@ -172,6 +170,9 @@ class Bench:
                 continue
             self.raw.saturated.append(result)
             self._result(f"throughput kept during pre-copy {result['kept']:.2f}, {result['rounds']} rounds")
+
+    async def _saturated_hotset(self, cluster: Cluster) -> dict[str, Any]:
+        return await saturated.saturated_hotset(cluster, 256, self._options.hotset())
 
     def _say(self, what: str) -> None:
         self._done += 1
@@ -303,13 +304,22 @@ def parse(argv: list[str] | None = None) -> Options:
     )
 
 
-def main() -> None:
-    console = Console(width=None if sys.stdout.isatty() else 150)
+async def interruptible(options: Options, console: Console) -> int:
+    """Exit code. Ctrl-C and SIGTERM end it in order: what was measured is shown, everything is cleaned up."""
+    running = asyncio.ensure_future(measure(options, console))
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, running.cancel)
     try:
-        fine = asyncio.run(measure(parse(), console))
-    except KeyboardInterrupt:
-        sys.exit(130)
-    sys.exit(0 if fine else 1)
+        return 0 if await running else 1
+    except asyncio.CancelledError:
+        return 130
+
+
+def main() -> None:
+    options = parse()
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    sys.exit(asyncio.run(interruptible(options, console)))
 
 
 if __name__ == "__main__":
