@@ -19,7 +19,7 @@ from whimbrel.agent.memory.userfault import PAGE, Category, Feature, PagemapScan
 
 TRY_TIMEOUT_S = 10.0
 PIPE_BYTES_WANTED = 1 << 30
-_USERFAULTFD_NR = {"x86_64": 323, "aarch64": 282}
+_USERFAULTFD_NR = {"x86_64": 323}
 _UFFD_USER_MODE_ONLY = 1
 _SOFT_DIRTY_BIT = 1 << 55
 _UPGRADE = "Boot a kernel >= 6.7 with CONFIG_USERFAULTFD=y (Debian: bookworm-backports, trixie or newer)."
@@ -35,8 +35,8 @@ def write_tracking() -> Finding:
             name=name,
             verdict=Verdict.MISSING,
             found=f"machine {platform.machine()}",
-            cost="no pre-copy: whimbrel injects system calls on x86_64 and aarch64 only",
-            remedy="Use a host of one of these architectures.",
+            cost="no pre-copy: whimbrel injects system calls on x86_64 only",
+            remedy="Use an x86_64 host.",
         )
     try:
         dirty = _protect_write_scan(number)
@@ -224,8 +224,8 @@ def pipe_limits() -> Finding:
         name=name,
         verdict=Verdict.LIMITED,
         found=found,
-        cost="`criu dump --lazy-pages` of large memories can fail with EPERM in tee",
-        remedy="The agent sets both; by hand: sysctl fs.pipe-max-size=1073741824 fs.pipe-user-pages-soft=0",
+        cost="CRIU's own page server of lazy pages can fail with EPERM in tee; whimbrel serves pages itself",
+        remedy="sysctl fs.pipe-max-size=1073741824 fs.pipe-user-pages-soft=0",
     )
 
 
