@@ -17,6 +17,7 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from whimbrel.agent import syscalls
 from whimbrel.agent.memory.inject import InjectionFailed, open_userfaultfd_in
 from whimbrel.agent.memory.maps import Mapping, read_maps
 from whimbrel.agent.memory.pageset import PageSet
@@ -73,6 +74,8 @@ class DirtyTracker:
         self._cgroup_procs = cgroup_procs
         self._scanner = PagemapScanner()
         self.spaces: dict[int, Space] = {}
+        self._refused: dict[int, int] = {}
+        """Processes that could not be tracked when last tried."""
 
     def close(self) -> None:
         """Closing the userfaultfds lifts every protection: the processes go on as before."""
@@ -169,8 +172,12 @@ class DirtyTracker:
                     alive[inner_pid(pid)] = pid
         for number in [n for n, space in self.spaces.items() if alive.get(n) != space.pid]:
             self.spaces.pop(number).close()
-        for number, pid in alive.items():
-            if number not in self.spaces:
+        for number, pid in sorted(alive.items()):
+            # A child of vfork (or posix_spawn) is still in its parent's memory: tracked there, and a second
+            # scan of the same page tables would take away what the first one has to find.
+            if number not in self.spaces and not any(
+                syscalls.same_memory(pid, space.pid) for space in self.spaces.values()
+            ):
                 self._adopt(number, pid, frozen=frozen)
 
     def _adopt(self, number: int, pid: int, *, frozen: bool) -> None:
@@ -185,9 +192,12 @@ class DirtyTracker:
         except ProcessLookupError:
             return
         except InjectionFailed as error:
-            if not _is_alive(pid):
-                return
-            raise TrackingFailed(str(error)) from error
+            # A process in the middle of exec has no vDSO for a moment. Once may happen: whoever is not
+            # tracked is sent whole in the next round, or in the freeze.
+            if _is_alive(pid) and self._refused.get(number) == pid:
+                raise TrackingFailed(str(error)) from error
+            self._refused[number] = pid
+            return
         self.spaces[number] = space
 
     def _collect_space(self, space: Space, *, protect: bool) -> PageSet:
@@ -205,7 +215,9 @@ class DirtyTracker:
             any_of=_RESIDENT,
             protect=protect,
         )
-        written = self._private(space, runs)
+        # All of them, not only those in `space.mappings`: a mapping that grew since that was read is under
+        # protection as a whole, and what this scan has protected again no later scan returns.
+        written = PageSet.from_runs(runs)
         # A mapping that was not under protection says nothing about what was written in it: all of it
         # counts. That also covers kernels that leave stale protection bits behind on mremap (before 6.13).
         for start, end in fresh:
@@ -263,21 +275,6 @@ class DirtyTracker:
             space.pagemap_fd = os.open(f"/proc/{space.pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError as error:
             raise ProcessLookupError(f"pid {space.pid} is gone") from error
-
-    @staticmethod
-    def _private(space: Space, runs: list[tuple[int, int]]) -> PageSet:
-        """The part of `runs` that lies in private mappings (shared memory is CRIU's business)."""
-        private = [(m.start, m.end) for m in space.mappings if m.private]
-        pages = PageSet()
-        at = 0
-        for start, end in runs:
-            while at < len(private) and private[at][1] <= start:
-                at += 1
-            index = at
-            while index < len(private) and private[index][0] < end:
-                pages.add(max(start, private[index][0]), min(end, private[index][1]))
-                index += 1
-        return pages
 
     def file_private_pages(self) -> dict[int, PageSet]:
         """Resident copy-on-write pages of private file mappings, per space: nothing tracks these."""
