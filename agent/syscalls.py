@@ -18,6 +18,8 @@ _NR_OPEN_TREE: Final = 428
 _NR_MOVE_MOUNT: Final = 429
 _NR_PIDFD_OPEN: Final = 434
 _NR_PIDFD_GETFD: Final = 438
+_NR_KCMP: Final = 312 if os.uname().machine == "x86_64" else 272
+_KCMP_VM: Final = 1
 
 CLONE_NEWNS: Final = 0x00020000
 _AT_FDCWD: Final = -100
@@ -42,6 +44,11 @@ def pidfd_open(pid: int) -> int:
 
 def pidfd_getfd(pidfd: int, fd: int) -> int:
     return check(_syscall(_NR_PIDFD_GETFD, pidfd, fd, 0), f"pidfd_getfd(fd {fd})")
+
+
+def same_memory(pid: int, other: int) -> bool:
+    """Whether two processes share one address space (vfork, CLONE_VM); False where one of them is gone."""
+    return int(_syscall(_NR_KCMP, pid, other, _KCMP_VM, 0, 0)) == 0
 
 
 def open_tree_clone(path: str) -> int:

@@ -8,6 +8,7 @@ new place, and a forked child is owed what its parent was.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -159,11 +160,13 @@ class FaultServer:
         debt.userfault.close()
 
     def _answer(self, debt: Debt) -> None:
+        # One read returns faults before older events. The events come first all the same: a page installed
+        # for the parent after its fork is one that the child has not got, and is still owed.
+        faults: list[int] = []
         for event in debt.userfault.events():
             match event.kind:
                 case EventKind.PAGEFAULT:
-                    self.faults += 1
-                    self._fault(debt, event.second & ~(PAGE - 1))
+                    faults.append(event.second & ~(PAGE - 1))
                 case EventKind.FORK:
                     self._follow_fork(debt, event.first & 0xFFFFFFFF)
                 case EventKind.REMAP:
@@ -172,6 +175,9 @@ class FaultServer:
                     debt.owed.discard(event.first, event.second)
                 case unknown:
                     raise FillFailed(f"userfaultfd of space {debt.space} said {unknown:#x}")
+        for address in faults:
+            self.faults += 1
+            self._fault(debt, address)
 
     def _fault(self, debt: Debt, address: int) -> None:
         if address not in debt.owed:
@@ -185,7 +191,7 @@ class FaultServer:
                 break
         if address in debt.owed:
             # An event came between; the fault is not lost: waking makes the process fault again.
-            debt.userfault.wake(address, PAGE)
+            _wake(debt, address)
 
     def _install(self, debt: Debt, start: int, end: int) -> bool:
         """Copies owed pages in; False when an event must be read first."""
@@ -200,7 +206,7 @@ class FaultServer:
                     count = debt.userfault.copy(at, self._buffer_address + done, size - done)
                 except FileExistsError:
                     # It is there already (an earlier server installed it): only somebody may still wait.
-                    debt.userfault.wake(at, PAGE)
+                    _wake(debt, at)
                     count = PAGE
                 except BlockingIOError:
                     return False
@@ -214,7 +220,9 @@ class FaultServer:
                             if count == 0:
                                 return False
                         else:
-                            count = PAGE  # unmapped: the event that says so is on its way
+                            # Unmapped: the event that says so is on its way. Who waits here must look again.
+                            _wake(debt, at)
+                            count = PAGE
                     else:
                         raise FillFailed(
                             f"space {debt.space}: installing {at:#x}-{start + size:#x}: {error}"
@@ -235,28 +243,34 @@ class FaultServer:
         except BlockingIOError:
             return 0
         except FileExistsError:
+            _wake(debt, address)
             return PAGE
         except OSError as error:
             if error.errno in (errno.ESRCH, errno.ENOENT):
+                _wake(debt, address)
                 return PAGE
             raise FillFailed(f"space {debt.space}: installing {address:#x}: {error}") from error
 
     def _install_zero(self, debt: Debt, address: int) -> None:
         try:
             debt.userfault.zero(address, PAGE)
-        except FileExistsError:
-            debt.userfault.wake(address, PAGE)
-        except BlockingIOError:
-            debt.userfault.wake(address, PAGE)
+        except (FileExistsError, BlockingIOError):
+            _wake(debt, address)
         except OSError as error:
             if error.errno not in (errno.ESRCH, errno.ENOENT):
                 raise FillFailed(f"space {debt.space}: zero page at {address:#x}: {error}") from error
+            _wake(debt, address)
 
     def _follow_fork(self, parent: Debt, child_fd: int) -> None:
         child = Debt(parent.space, Userfault(child_fd), parent.owed.copy(), list(parent.moved))
         self._debts[child_fd] = child
         self._poller.register(child_fd, select.POLLIN)
         self._on_fork(child)
+
+
+def _wake(debt: Debt, address: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        debt.userfault.wake(address, PAGE)
 
 
 def _follow_remap(debt: Debt, start: int, target: int, length: int) -> None:
