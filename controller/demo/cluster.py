@@ -93,7 +93,9 @@ class Child:
 class Cluster:
     """`async with Cluster(run_dir) as cluster`. Logs stay in `run_dir`, state does not."""
 
-    def __init__(self, run_dir: Path, link_mbit: int = 1000) -> None:
+    def __init__(self, run_dir: Path, link_mbit: int = 1000, *, ephemeral: bool = False) -> None:
+        """`ephemeral`: if we are killed, whoever sweeps after us may remove `run_dir` with its logs too."""
+        self._ephemeral = ephemeral
         self.run_dir = run_dir
         self.link_mbit = link_mbit
         self.gate_address = "127.0.0.1"
@@ -196,6 +198,8 @@ class Cluster:
             [child.process.pid, start_ticks_of(child.process.pid)] for child in self.children.values()
         ]
         folders = [str(self.run_dir / "nats"), *(str(self.state_dir(host)) for host in self.hosts)]
+        if self._ephemeral:
+            folders = [str(self.run_dir)]
         self._slot.note({"owner": os.getpid(), "children": children, "folders": folders})
 
     async def _until_ready(self) -> None:

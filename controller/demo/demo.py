@@ -125,7 +125,7 @@ async def run_demo(options: DemoOptions) -> ExitCode:
     moves: list[Move] = []
     problems: list[str] = []
     interrupted = False
-    cluster = Cluster(run_dir, options.link_mbit)
+    cluster = Cluster(run_dir, options.link_mbit, ephemeral=True)
     task = asyncio.ensure_future(_perform(cluster, stage, options, moves, problems))
 
     def stop() -> None:
