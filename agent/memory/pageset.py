@@ -124,8 +124,10 @@ class PageSet:
 
     def intersection(self, other: PageSet) -> PageSet:
         result = PageSet()
-        get = other._chunks.get
-        for chunk, mask in self._chunks.items():
+        # A fault asks for one window of gigabytes that are owed: the smaller set decides how long it takes.
+        small, large = sorted((self._chunks, other._chunks), key=len)
+        get = large.get
+        for chunk, mask in small.items():
             both = mask & get(chunk, 0)
             if both:
                 result._chunks[chunk] = both
