@@ -218,6 +218,12 @@ class SourceMover:
 
         Sends Frozen and Dumped on the way. Raises CheckpointFailed, CriuFailed, StreamError, CgroupError:
         the cgroup may then be frozen still; thawing it is the agent's business, by the register."""
+        try:
+            return self._checkpoint(order)
+        finally:
+            self._end_dump()
+
+    def _checkpoint(self, order: DoFreeze) -> Streamed:
         self._prepare_criu()
         status = self._capsule.call("status")
         if status["root"] is None or status["exit_code"] is not None:
@@ -246,6 +252,7 @@ class SourceMover:
         if overlap:
             self._begin_dump(status["root"], order.timeout_s)
         try:
+            last_pid = int(self._capsule.call("last_pid")["was"])
             late = tracker.frozen_pages(lambda mapping: not locked and not _early(mapping))
             resident = {n: _union(early[n].resident, late[n].resident) for n in tracker.spaces}
             written = {n: _union(early[n].written, late[n].written) for n in tracker.spaces}
@@ -271,7 +278,7 @@ class SourceMover:
             commit_by=order.commit_by,
             pages={number: pages.pack() for number, pages in resident.items()},
             hot={number: _union(self._hot.get(number), pages).pack() for number, pages in written.items()},
-            last_pid=int(self._capsule.call("last_pid")["was"]),
+            last_pid=last_pid,
             root_pid=int(status["root"]),
             verify=self._order.verify,
         )
@@ -320,12 +327,15 @@ class SourceMover:
         """Waits for CRIU where it was started; uncovers what was covered. Milliseconds it took."""
         if self._criu is None or not self._covers:
             return 0.0
-        criu, self._criu = self._criu, None
-        try:
-            return criu.finish_dump(self._capsule.images, timeout_s)
-        finally:
-            criu.close()
-            covers, self._covers = self._covers, []
+        return self._criu.finish_dump(self._capsule.images, timeout_s)
+
+    def _end_dump(self) -> None:
+        """CRIU's process and the covers: nobody waits for these to be gone."""
+        if self._criu is not None:
+            self._criu.close()
+            self._criu = None
+        covers, self._covers = self._covers, []
+        if covers:
             self._capsule.call("uncover", paths=covers)
 
     def _send_images(self) -> int:
