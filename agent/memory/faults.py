@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from whimbrel.agent.memory.store import PageStore
 
 PUSH_BYTES: Final = 256 * 1024
+SMALL_RUN_BYTES: Final = 4 << 20
+"""Stacks, an interpreter's heap and the data of libraries are wanted at once, before any large arena."""
 AROUND_BYTES: Final = 64 * 1024
 """A fault installs its whole aligned window: neighbours are wanted next, and a wake-up costs more."""
 
@@ -88,6 +90,8 @@ class FaultServer:
         """Takes over `userfault`. `owed` are data pages only: all else faults in as zeros. `hot` is what
         the push begins with."""
         debt = Debt(space, userfault, owed.copy())
+        runs = sorted(owed.runs(), key=lambda run: run[1] - run[0])
+        debt.queue.extend(run for run in runs if run[1] - run[0] <= SMALL_RUN_BYTES)
         if hot is not None:
             debt.queue.extend(hot.runs())
         self._debts[userfault.fd] = debt
@@ -130,9 +134,7 @@ class FaultServer:
         """Installs up to PUSH_BYTES of what is owed; False when nothing is owed any more."""
         for debt in list(self._debts.values()):
             if not debt.queue:
-                # Small runs first: stacks, heaps of interpreters and data of libraries are wanted at once,
-                # and all of them together are less than one large arena.
-                debt.queue.extend(sorted(debt.owed.runs(), key=lambda run: run[1] - run[0]))
+                debt.queue.extend(debt.owed.runs())
             if not debt.queue:
                 continue
             start, end = debt.queue.popleft()
