@@ -10,7 +10,7 @@ import msgspec
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-PHASES = ("drain", "freeze", "dump", "stream", "restore", "commit", "flip", "other")
+PHASES = ("drain", "freeze", "dump", "stream", "restore", "commit", "flip", "other", "answer")
 
 
 class Figure(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,7 +16,9 @@ from whimbrel.events.facts import (
     RoundFinished,
     SourceFrozen,
     SourceReady,
+    TargetFilled,
     TrafficDrained,
+    TrafficFlipped,
     TrafficHeld,
     TrafficReleased,
 )
@@ -59,10 +61,19 @@ class Move:
         ends = [event.at for event in self.events if isinstance(event, TrafficHeld | SourceFrozen)]
         return Window(self.began_at, min(ends))
 
-    def phases_ms(self) -> dict[str, float]:
-        """The terms of the downtime, and the drain before it."""
+    def phases_ms(self, answered_at: float) -> dict[str, float]:
+        """The drain, the terms of the downtime, and `answer`: flip to the client's first answer.
+
+        The answer overlaps `flip` and `other`: it is the client's word on what the gate reports."""
         drain = sum(event.drain_ms for event in self.events if isinstance(event, TrafficDrained))
-        return {"drain": drain, **msgspec.to_builtins(self.report.measured)}
+        flipped = [event.at for event in self.events if isinstance(event, TrafficFlipped)]
+        answer = (answered_at - flipped[-1]) * 1e3 if flipped else 0.0
+        return {"drain": drain, **msgspec.to_builtins(self.report.measured), "answer": answer}
+
+    def filled(self) -> dict[str, Any]:
+        """What the fault server counted."""
+        found = [event for event in self.events if isinstance(event, TargetFilled)]
+        return msgspec.to_builtins(found[-1]) if found else {}
 
     def timeline(self) -> list[list[Any]]:
         """[milliseconds since the hold, event] from the hold to the release: where no phase looks."""
@@ -160,6 +171,7 @@ class Moved:
             await asyncio.sleep(AFTER_S)
             seen = poller.mark()
         source, self._host = self._host, target
+        longest = seen["longest_gaps"][0]
         throughput = await self._ask("throughput")
         await self._ask("pause")
         return {
@@ -167,8 +179,9 @@ class Moved:
             "from": source,
             "to": target,
             "gap_ms": seen["gap_ms"],
-            "phases_ms": move.phases_ms(),
+            "phases_ms": move.phases_ms(longest["began_at"] + longest["ms"] / 1e3),
             "timeline_ms": move.timeline(),
+            "filled": move.filled(),
             "rounds": [
                 msgspec.to_builtins(event) for event in move.events if isinstance(event, RoundFinished)
             ],
