@@ -48,6 +48,8 @@ class Worker:
         self._socket = channel
         self._log_path = log
         self._on_message = on_message
+        self._loop = asyncio.get_running_loop()
+        self._waiting: asyncio.Future[bytes] | None = None
         self.pid = 0
 
     def _exit_code(self) -> int | None:
@@ -62,11 +64,10 @@ class Worker:
 
     async def expect(self, kind: type[M], timeout_s: float) -> M:
         """The next message of `kind`. Raises WorkerFailed on Failed, end of the worker, or silence."""
-        loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(timeout_s):
                 while True:
-                    data = await loop.sock_recv(self._socket, MESSAGE_BYTES_MAX)
+                    data = await self._receive()
                     if not data:
                         raise self._gone("ended")
                     message = decode(data)
@@ -79,6 +80,39 @@ class Worker:
             raise self._gone(f"expected {kind.__name__} within {timeout_s:g} s, heard nothing") from error
         except OSError as error:
             raise self._gone(str(error)) from error
+
+    async def _receive(self) -> bytes:
+        """Empty at the end. Not `loop.sock_recv`: closing a socket that it waits on leaves its number with
+        the loop, and the next socket of that number is then never heard."""
+        waiting: asyncio.Future[bytes] = self._loop.create_future()
+        self._waiting = waiting
+
+        def readable() -> None:
+            try:
+                data = self._socket.recv(MESSAGE_BYTES_MAX)
+            except BlockingIOError:
+                return
+            except OSError:
+                data = b""
+            if not waiting.done():
+                waiting.set_result(data)
+            self._loop.remove_reader(self._socket)
+
+        try:
+            self._loop.add_reader(self._socket, readable)
+            return await waiting
+        finally:
+            self._waiting = None
+            if self._socket.fileno() >= 0:
+                self._loop.remove_reader(self._socket)
+
+    def _hang_up(self) -> None:
+        """Whoever waits for a message hears the end."""
+        if self._waiting is not None:
+            self._loop.remove_reader(self._socket)
+            if not self._waiting.done():
+                self._waiting.set_result(b"")
+        self._socket.close()
 
     def _gone(self, what: str) -> WorkerFailed:
         words = ""
@@ -93,7 +127,7 @@ class Worker:
 
     def detach(self) -> None:
         """Lets go of it: the agent ends, the worker goes on if it has to."""
-        self._socket.close()
+        self._hang_up()
 
     async def close(self) -> None:
         """The closed channel tells the worker to clean up; it is killed if it does not in time."""
@@ -130,7 +164,7 @@ class WorkerProcess(Worker):
 
     async def close(self) -> None:
         """The closed channel tells the worker to clean up; it is killed if it does not in time."""
-        self._socket.close()
+        self._hang_up()
         try:
             await asyncio.to_thread(self._process.wait, _END_TIMEOUT_S)
         except subprocess.TimeoutExpired:
@@ -162,7 +196,7 @@ class AttachedWorker(Worker):
         return cls(channel, log, cgroup)
 
     async def close(self) -> None:
-        self._socket.close()
+        self._hang_up()
         await asyncio.to_thread(end_leftover, self._cgroup, _END_TIMEOUT_S)
 
 

@@ -44,9 +44,11 @@ async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Clu
 
 
 @pytest_asyncio.fixture(loop_scope="module", autouse=True)
-async def _stopped_workloads(cluster: Cluster) -> AsyncIterator[None]:
+async def _stopped_workloads(cluster: Cluster, request: pytest.FixtureRequest) -> AsyncIterator[None]:
     """A test that failed leaves its workload running; the next one needs the name and the port."""
     yield
+    if "scene" in request.fixturenames:
+        return  # shared by all tests of the module
     for name in await cluster.bus.workloads.items():
         with suppress(RequestDeclined):
             await cluster.stop(name)

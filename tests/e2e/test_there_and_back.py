@@ -1,4 +1,4 @@
-"""A→B→A ten times, every page hashed on both sides, for the three workloads that can tell if anything is lost."""
+"""A→B→A ten times, every page hashed on both sides, for three workloads that can tell if anything is lost."""
 
 from __future__ import annotations
 
