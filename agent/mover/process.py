@@ -48,7 +48,6 @@ class Worker:
         self._socket = channel
         self._log_path = log
         self._on_message = on_message
-        self._loop = asyncio.get_running_loop()
         self._waiting: asyncio.Future[bytes] | None = None
         self.pid = 0
 
@@ -84,32 +83,33 @@ class Worker:
     async def _receive(self) -> bytes:
         """Empty at the end. Not `loop.sock_recv`: closing a socket that it waits on leaves its number with
         the loop, and the next socket of that number is then never heard."""
-        waiting: asyncio.Future[bytes] = self._loop.create_future()
-        self._waiting = waiting
+        loop = asyncio.get_running_loop()
+        self._waiting = waiting = loop.create_future()
 
         def readable() -> None:
             try:
-                data = self._socket.recv(MESSAGE_BYTES_MAX)
+                received = self._socket.recv(MESSAGE_BYTES_MAX)
             except BlockingIOError:
                 return
             except OSError:
-                data = b""
+                received = b""
             if not waiting.done():
-                waiting.set_result(data)
-            self._loop.remove_reader(self._socket)
+                waiting.set_result(received)
+            loop.remove_reader(self._socket)
 
         try:
-            self._loop.add_reader(self._socket, readable)
-            return await waiting
+            loop.add_reader(self._socket, readable)
+            data: bytes = await waiting
+            return data
         finally:
             self._waiting = None
             if self._socket.fileno() >= 0:
-                self._loop.remove_reader(self._socket)
+                loop.remove_reader(self._socket)
 
     def _hang_up(self) -> None:
         """Whoever waits for a message hears the end."""
         if self._waiting is not None:
-            self._loop.remove_reader(self._socket)
+            self._waiting.get_loop().remove_reader(self._socket)
             if not self._waiting.done():
                 self._waiting.set_result(b"")
         self._socket.close()

@@ -1,7 +1,7 @@
 """An agent is killed in each phase of a move: exactly one copy lives on, with every acknowledged write.
 
-The phase is reached for certain where it can be: a stopped agent (SIGSTOP) holds a phase open until the victim
-is dead. Where it cannot, the kill falls wherever it falls, and the same must be true.
+The phase is reached for certain where it can be: a stopped agent (SIGSTOP) holds a phase open until the
+victim is dead. Where it cannot, the kill falls wherever it falls, and the same must be true.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 import pytest_asyncio
-
 from tests.e2e import census
 from tests.e2e.moving import REDIS_ARGV, REDIS_PORT, Mine
+
 from whimbrel.controller.demo.cluster import MigrationFailed
 from whimbrel.controller.demo.users import Users
 from whimbrel.events import facts
@@ -200,7 +200,7 @@ async def test_while_frozen(scene: Scene, victim: str) -> None:
 
 @pytest.mark.parametrize("victim", ["source", "target"])
 async def test_between_the_promise_and_the_commit(scene: Scene, victim: str) -> None:
-    """The target's agent is stopped, so that it cannot commit; the register says Prepared when the victim dies."""
+    """The target's agent is stopped, so that it cannot commit: the register says Prepared when one dies."""
     move = Move(scene)
     move.at_once[facts.SourceFrozen] = (scene.other, signal.SIGSTOP)
     await scene.users.start()
