@@ -132,6 +132,10 @@ class SourceMover:
             self._criu.close()
             self._criu = None
 
+    def abandon(self) -> None:
+        """From another thread: whatever waits for the stream gives up."""
+        self._sender.close()
+
     def open(self) -> SourceOpened:
         self._sender.open()
         self._prepare_criu()

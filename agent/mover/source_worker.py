@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
+import queue
 import sys
+import threading
 
-from whimbrel.agent.mover.channel import Channel, DoFreeze, DoRound, Failed, OpenSource
+from whimbrel.agent.mover.channel import AnyMessage, Channel, DoFreeze, DoRound, Failed, OpenSource
 from whimbrel.agent.mover.source import SourceMover
 
 
 def main() -> None:
     channel = Channel(int(sys.argv[1]))
-    order = channel.receive()
-    if not isinstance(order, OpenSource):
+    first = channel.receive()
+    if not isinstance(first, OpenSource):
         return
-    mover = SourceMover(order, channel)
+    mover = SourceMover(first, channel)
+    orders: queue.SimpleQueue[AnyMessage | None] = queue.SimpleQueue()
+
+    def listen() -> None:
+        while (order := channel.receive()) is not None:
+            orders.put(order)
+        # The agent lets go or is dead, perhaps in the middle of a round to a target that is gone as well:
+        # a workload that is frozen waits for this process to end.
+        mover.abandon()
+        orders.put(None)
+
+    threading.Thread(target=listen, name="orders", daemon=True).start()
     step = "open-source"
     try:
         channel.send(mover.open())
-        while (order := channel.receive()) is not None:
+        while (order := orders.get()) is not None:
             match order:
                 case DoRound(round=number):
                     step = f"round {number}"
@@ -28,13 +42,14 @@ def main() -> None:
                 case _:
                     raise TypeError(f"expected an order for a source, found {type(order).__name__}")
     except Exception as error:
-        channel.send(
-            Failed(
-                step=step,
-                reason=f"{type(error).__name__}: {error}",
-                remedy="the workload runs on at the source; mend the cause and migrate again",
+        with contextlib.suppress(OSError):
+            channel.send(
+                Failed(
+                    step=step,
+                    reason=f"{type(error).__name__}: {error}",
+                    remedy="the workload runs on at the source; mend the cause and migrate again",
+                )
             )
-        )
         raise
     finally:
         mover.close()
