@@ -24,7 +24,6 @@ _PAGEMAP_MAGIC: Final = 0x56084025
 _MAGICS: Final = struct.Struct("<II")
 _LENGTH: Final = struct.Struct("<I")
 
-_PE_LAZY: Final = 2
 _PE_PRESENT: Final = 4
 
 _MAP_PRIVATE: Final = 0x02
@@ -109,17 +108,16 @@ def read_pagemap(images: Path, pid: int) -> tuple[int, list[PagesEntry]]:
     return pages_id, entries
 
 
-def compose_pages(images: Path, pid: int, expected: PageSet, store: PageStore, *, lazy: bool) -> PageSet:
-    """Rewrites pagemap and pages of `pid` so that a restore finds `expected` from `store`.
+def compose_pages(images: Path, pid: int, expected: PageSet, store: PageStore, *, lazy: bool) -> None:
+    """Rewrites pagemap and pages of `pid` so that a restore finds the `expected` pages of `store`.
 
-    With `lazy`, pages of mappings that CRIU can fill by userfaultfd are only announced: those are returned,
-    and whoever serves the faults owes them. All others are copied into the pages file, beside what CRIU
-    itself dumped (the vDSO)."""
+    With `lazy`, pages of mappings that CRIU can fill by userfaultfd are left out: whoever serves the faults
+    owes them (`lazy_part`). All others are copied into the pages file, beside what CRIU itself dumped (the
+    vDSO). Costs as much as there is to copy, not as much as is expected."""
     pages_id, dumped = read_pagemap(images, pid)
     pages_path = images / f"pages-{pages_id}.img"
     own = PageSet()
     eager = PageSet()
-    owed = PageSet()
     offsets: list[tuple[int, int, int]] = []
     vmas = read_vmas(images, pid)
     kernel_ranges = PageSet.from_runs((vma.start, vma.end) for vma in vmas if vma.kernels_own)
@@ -132,18 +130,10 @@ def compose_pages(images: Path, pid: int, expected: PageSet, store: PageStore, *
             own.add(entry.start, end)
     own = own.intersection(kernel_ranges)
     for vma in vmas:
-        inside = expected.intersection(PageSet.from_runs([(vma.start, vma.end)]))
-        (owed if lazy and vma.lazy else eager).update(inside)
+        if not (lazy and vma.lazy):
+            eager.update(expected.intersection(PageSet.from_runs([(vma.start, vma.end)])))
     eager = eager.difference(own)
-    lost = expected.difference(eager).difference(owed).difference(own)
-    if lost:
-        first = next(lost.runs())
-        raise BadImage(
-            f"pid {pid}: {len(lost)} resident pages lie in no mapping of CRIU's image, first {first[0]:#x}; "
-            "the memory map changed between the page scan and the dump"
-        )
-    runs = [(start, end, _PE_LAZY) for start, end in owed.runs()]
-    runs += [(start, end, _PE_PRESENT) for start, end in eager.runs()]
+    runs = [(start, end, _PE_PRESENT) for start, end in eager.runs()]
     runs += [(start, end, _PE_PRESENT) for start, end in own.runs()]
     runs.sort()
     with (
@@ -165,7 +155,20 @@ def compose_pages(images: Path, pid: int, expected: PageSet, store: PageStore, *
                     pages.seek(0, os.SEEK_END)
     os.replace(images / f"pages-{pages_id}.new", pages_path)
     os.replace(images / f"pagemap-{pid}.new", images / f"pagemap-{pid}.img")
-    return owed
+
+
+def lazy_part(images: Path, pid: int, expected: PageSet) -> PageSet:
+    """The `expected` pages that a lazy restore of `pid` leaves to the fault server.
+
+    Raises BadImage where some lie in no mapping of the image: nobody would fill those."""
+    vmas = read_vmas(images, pid)
+    lost = expected.difference(PageSet.from_runs((vma.start, vma.end) for vma in vmas))
+    if lost:
+        raise BadImage(
+            f"pid {pid}: {len(lost)} resident pages lie in no mapping of CRIU's image, first "
+            f"{next(lost.runs())[0]:#x}; the memory map changed between the page scan and the dump"
+        )
+    return expected.intersection(PageSet.from_runs((vma.start, vma.end) for vma in vmas if vma.lazy))
 
 
 def _write_message(file: object, message: bytes) -> None:

@@ -123,23 +123,21 @@ class CriuWorker:
         self._finish("dump", images / "dump.log", timeout_s, {})
         return (self._answered_at - self._asked_at) * 1e3
 
-    def restore(
-        self,
-        *,
-        images: Path,
-        lazy: bool,
-        timeout_s: float,
-        on_post_restore: Callable[[], bool],
-    ) -> CriuResult:
-        """Restores `images`; `on_post_restore` runs when all processes exist and none has run yet.
-
-        It may block (for the commit); False kills what was restored. Raises CriuFailed."""
+    def begin_restore(self, *, images: Path, lazy: bool) -> None:
+        """Starts restoring `images`. Returns at once; call `finish_restore`. Raises CriuFailed."""
         options: list[tuple[int, int | bool | str | bytes]] = [
             *_common_options(images, "restore.log"),
             (_Option.NOTIFY_SCRIPTS, True),
             (_Option.LAZY_PAGES, lazy),
         ]
         self._send(_Request.RESTORE, options)
+
+    def finish_restore(
+        self, images: Path, timeout_s: float, on_post_restore: Callable[[], bool]
+    ) -> CriuResult:
+        """Blocks until the processes run. `on_post_restore` is called when all exist and none has run yet.
+
+        It may block (for the commit); False kills what was restored. Raises CriuFailed."""
         return self._finish("restore", images / "restore.log", timeout_s, {"post-restore": on_post_restore})
 
     def _send(self, kind: _Request, options: list[tuple[int, int | bool | str | bytes]]) -> None:

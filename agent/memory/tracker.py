@@ -26,6 +26,7 @@ from whimbrel.agent.memory.userfault import PAGE, Category, Feature, PagemapScan
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+_SCAN_BYTES: Final = 256 << 20
 _TASK_SIZE: Final = 0x7FFF_FFFF_F000
 _FEATURES: Final = (
     Feature.WP_ASYNC | Feature.WP_UNPOPULATED | Feature.WP_HUGETLBFS_SHMEM | Feature.PAGEFAULT_FLAG_WP
@@ -161,7 +162,12 @@ class DirtyTracker:
                 stretches[-1] = (*kind, stretches[-1][2], mapping.end)
             else:
                 stretches.append((*kind, mapping.start, mapping.end))
-        return stretches
+        # A scan holds the lock of the memory map, and CRIU, at work beside it, wants to change the map.
+        return [
+            (tracked, anonymous, at, min(end, at + _SCAN_BYTES))
+            for tracked, anonymous, start, end in stretches
+            for at in range(start, end, _SCAN_BYTES)
+        ]
 
     def _follow_processes(self, *, frozen: bool = False) -> None:
         alive: dict[int, int] = {}

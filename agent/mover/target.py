@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from whimbrel.agent.capsule.capsule import LOG_NAME, Capsule
-from whimbrel.agent.criu.images import compose_pages
+from whimbrel.agent.criu.images import compose_pages, lazy_part
 from whimbrel.agent.criu.rpc import CriuWorker
 from whimbrel.agent.memory.fault_process import FaultProcess
 from whimbrel.agent.memory.pageset import PageSet
@@ -147,20 +147,13 @@ class TargetMover:
         self._place_log()
         final = msgspec.msgpack.decode(self._received[handover.FINAL], type=handover.Final)
         expected = {space: PageSet.unpack(pages) for space, pages in final.pages.items()}
-        verified = self._prove(expected, verify=final.verify)
         images = self._capsule.images
-        owed: dict[int, PageSet] = {}
         for space, pages in expected.items():
-            announced = compose_pages(images, space, pages, self._store, lazy=final.lazy)
-            owed[space] = announced.intersection(self._store.data_pages(space))
-        if final.lazy:
-            # Faults are served before the processes run: the kernel touches some pages for a restore.
-            self._store.sync()
-            hot = {space: PageSet.unpack(pages) for space, pages in final.hot.items()}
-            self._faults.serve(owed, hot)
+            compose_pages(images, space, pages, self._store, lazy=final.lazy)
         assert self._criu is not None
         criu, self._criu = self._criu, None
         resumed_at: list[float] = []
+        verified: int | None = None
 
         def judge() -> bool:
             # Every mapping is registered now, and the commit takes some milliseconds: fill the hot pages.
@@ -178,7 +171,19 @@ class TargetMover:
             return go
 
         try:
-            criu.restore(images=images, lazy=final.lazy, timeout_s=_RESTORE_TIMEOUT_S, on_post_restore=judge)
+            # CRIU first: what follows here goes on beside it.
+            criu.begin_restore(images=images, lazy=final.lazy)
+            verified = self._prove(expected, verify=final.verify)
+            owed = {
+                space: lazy_part(images, space, pages).intersection(self._store.data_pages(space))
+                for space, pages in expected.items()
+            }
+            if final.lazy:
+                # Faults are served before the processes run: the kernel touches some pages for a restore.
+                self._store.sync()
+                hot = {space: PageSet.unpack(pages) for space, pages in final.hot.items()}
+                self._faults.serve(owed, hot)
+            criu.finish_restore(images, _RESTORE_TIMEOUT_S, judge)
         finally:
             criu.close()
         self._channel.send(Resumed(resume_ms=(time.monotonic() - resumed_at[0]) * 1e3))
