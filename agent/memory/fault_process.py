@@ -130,6 +130,8 @@ class _Serving:
         self._images = capsule / "criu"
         self._store_path = store
         self._criu: socket.socket | None = None
+        self._debts: dict[int, tuple[PageSet, PageSet]] = {}
+        """(owed, hot) by pid: read while CRIU is still reading its images, or its restore would wait."""
         self._held: list[str] = []
         self._push_began: float | None = None
         self._abandoned = False
@@ -140,6 +142,12 @@ class _Serving:
             return None
         # Only now is the store complete; CRIU may have connected already and waits in the backlog.
         server = FaultServer(PageStore(self._store_path), on_fork=self._on_fork)
+        for path in self._images.glob(f"*{_OWED_SUFFIX}"):
+            hot = path.with_suffix(_HOT_SUFFIX)
+            self._debts[int(path.stem)] = (
+                PageSet.unpack(path.read_bytes()),
+                PageSet.unpack(hot.read_bytes()),
+            )
         server.watch(self._control.fileno(), self._on_control)
         server.watch(self._listener.fileno(), lambda: self._on_connect(server))
         while not self._abandoned:
@@ -174,8 +182,7 @@ class _Serving:
         elif pid > 0:  # a zombie is announced by a negative number and has no memory
             _, fds, _, _ = socket.recv_fds(criu, 1, 1)
             self._hold(pid, fds[0])
-            owed = PageSet.unpack((self._images / f"{pid}{_OWED_SUFFIX}").read_bytes())
-            hot = PageSet.unpack((self._images / f"{pid}{_HOT_SUFFIX}").read_bytes())
+            owed, hot = self._debts.pop(pid)
             server.add(pid, Userfault(fds[0]), owed, hot)
 
     def _on_fork(self, child: Debt) -> None:

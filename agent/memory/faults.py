@@ -22,7 +22,7 @@ from whimbrel.agent.memory.pageset import PageSet
 from whimbrel.agent.memory.userfault import PAGE, EventKind, Userfault
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
 
     from whimbrel.agent.memory.store import PageStore
 
@@ -50,6 +50,9 @@ class Debt:
     """(start, end, delta) of mremap: the store has the page at address - delta. Latest first."""
     queue: deque[tuple[int, int]] = field(default_factory=deque)
     """What the push does next; may name pages that are not owed any more."""
+    later: Iterator[tuple[int, int]] = field(default_factory=lambda: iter(()))
+    """What comes behind the queue, worked out as it is needed: the hot pages of a large process are tens of
+    thousands of runs, and listing them all at once would keep its restore waiting."""
 
     def source_of(self, address: int) -> tuple[int, int]:
         """(address in the store, end of the part of this process's memory that maps alike)."""
@@ -93,7 +96,7 @@ class FaultServer:
         runs = sorted(owed.runs(), key=lambda run: run[1] - run[0])
         debt.queue.extend(run for run in runs if run[1] - run[0] <= SMALL_RUN_BYTES)
         if hot is not None:
-            debt.queue.extend(hot.runs())
+            debt.later = hot.runs()
         self._debts[userfault.fd] = debt
         self._poller.register(userfault.fd, select.POLLIN)
 
@@ -133,21 +136,36 @@ class FaultServer:
     def push_block(self) -> bool:
         """Installs up to PUSH_BYTES of what is owed; False when nothing is owed any more."""
         for debt in list(self._debts.values()):
-            if not debt.queue:
-                debt.queue.extend(debt.owed.runs())
-            if not debt.queue:
+            block = self._next_block(debt)
+            if block is None:
                 continue
-            start, end = debt.queue.popleft()
-            if end - start > PUSH_BYTES:
-                debt.queue.appendleft((start + PUSH_BYTES, end))
-                end = start + PUSH_BYTES
-            for first, last in debt.owed.intersection(PageSet.from_runs([(start, end)])).runs():
+            start, end = block
+            if debt.owed.covers(start, end):  # nearly always
+                parts: Iterable[tuple[int, int]] = (block,)
+            else:
+                parts = debt.owed.intersection(PageSet.from_runs([block])).runs()
+            for first, last in parts:
                 if not self._install(debt, first, last):
                     # An event is waiting: it must be read before anything can be installed.
                     debt.queue.appendleft((first, end))
                     break
             return True
         return False
+
+    def _next_block(self, debt: Debt) -> tuple[int, int] | None:
+        if not debt.queue:
+            run = next(debt.later, None)
+            if run is not None:
+                debt.queue.append(run)
+            else:
+                debt.queue.extend(debt.owed.runs())
+        if not debt.queue:
+            return None
+        start, end = debt.queue.popleft()
+        if end - start > PUSH_BYTES:
+            debt.queue.appendleft((start + PUSH_BYTES, end))
+            end = start + PUSH_BYTES
+        return start, end
 
     def finish(self) -> None:
         """Every page is there: closing the userfaultfds turns these mappings into ordinary memory."""
