@@ -34,7 +34,7 @@ CHUNK_BYTES = CHUNK_PAGES * PAGE_BYTES
 POOL_BYTES = 8 << 20
 HOT_POOL_PAGES = 64
 BURST_SECONDS = 0.002  # between two looks at the sockets when paced
-SATURATED_BURST_PAGES = 64
+BURST_PAGES_MAX = 64  # written between two looks at the sockets, however far behind: clients come first
 BEHIND_SECONDS_MAX = 0.1  # work missed in a freeze is not made up for: it would hide the loss
 INTERVAL_NS = 100_000_000
 INTERVALS_KEPT = 1200
@@ -122,14 +122,14 @@ class HotSet:
                 self._due = time.monotonic()
             elif self._saturate:
                 self._server.serve(0)
-                self._rewrite(SATURATED_BURST_PAGES)
+                self._rewrite(BURST_PAGES_MAX)
             elif self._rate_pages_s <= 0:
                 self._server.serve(0.05)
             else:
                 self._server.serve(max(0.0, self._due + BURST_SECONDS - time.monotonic()))
                 now = time.monotonic()
                 self._due = max(self._due, now - BEHIND_SECONDS_MAX)
-                pages = int((now - self._due) * self._rate_pages_s)
+                pages = min(BURST_PAGES_MAX, int((now - self._due) * self._rate_pages_s))
                 self._rewrite(pages)
                 self._due += pages / self._rate_pages_s
             self._account()
