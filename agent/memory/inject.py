@@ -110,21 +110,28 @@ def open_userfaultfd_in(pid: int) -> int:
 
 def _inject(pid: int) -> int:
     try:
-        instruction = _find_syscall_instruction(pid)
-        seccomp = _has_seccomp(pid)
         pidfd = syscalls.pidfd_open(pid)
-    except FileNotFoundError as error:
-        raise ProcessLookupError(f"pid {pid} is gone") from error
-    try:
-        return _in_stop(pid, pidfd, instruction, seccomp=seccomp)
+        try:
+            return _in_stop(pid, pidfd, _find_syscall_instruction(pid), seccomp=_has_seccomp(pid))
+        finally:
+            os.close(pidfd)
     except ProcessLookupError:
         raise
     except OSError as error:
-        if not read_maps(pid):  # an ending process refuses to be traced before it is gone
+        if _is_ending(pid):  # it refuses to be traced or read before it is gone
             raise ProcessLookupError(f"pid {pid} is ending") from error
         raise InjectionFailed(f"pid {pid}: {error}") from error
-    finally:
-        os.close(pidfd)
+
+
+def _is_ending(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/status") as status:
+            # An ending process has let go of its memory, a killed one is about to.
+            lines = dict(line.split(":", 1) for line in status)
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    killed = int(lines["SigPnd"], 16) | int(lines["ShdPnd"], 16)
+    return "VmSize" not in lines or bool(killed & 1 << signal.SIGKILL - 1)
 
 
 def _in_stop(pid: int, pidfd: int, instruction: int, *, seccomp: bool) -> int:
