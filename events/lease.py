@@ -54,8 +54,16 @@ class Lease:
             self._revision = await self._table.create(
                 self._name, self._record(), ttl_s=self._ttl_s, timeout_s=timeout_s
             )
-        except KeyTaken:
-            return False
+        except KeyTaken as taken:
+            if taken.current.value.holder != self._holder:
+                return False
+            # Ours: lost from sight in an outage, or written by a request whose answer was lost.
+            self._revision = taken.current.revision
+            try:
+                await self.renew(timeout_s=timeout_s)
+            except LeaseLost:
+                return False
+            return True
         self._until = started + self._ttl_s
         return True
 

@@ -16,6 +16,7 @@ from whimbrel.events.errors import BusError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from whimbrel.controller.runtime.hearing import Hearing
     from whimbrel.events.bus import Bus
     from whimbrel.events.records import HostRecord
 
@@ -27,8 +28,9 @@ CHECK_S: Final = 2.0
 class HostWatch:
     """`on_silent(host, silent_s)` is called again and again for each host that has gone silent."""
 
-    def __init__(self, bus: Bus, on_silent: Callable[[str, float], None]) -> None:
+    def __init__(self, bus: Bus, on_silent: Callable[[str, float], None], hearing: Hearing) -> None:
         self._bus = bus
+        self._hearing = hearing
         self._on_silent = on_silent
         self._heard: dict[str, float] = {}
         self._at: dict[str, float] = {}
@@ -64,7 +66,7 @@ class HostWatch:
     async def _check(self) -> None:
         while True:
             await asyncio.sleep(CHECK_S)
-            if not self._bus.connected:
+            if self._hearing.unfair_s() > 0:
                 # Then it is us who cannot hear: everybody gets the whole time again.
                 now = time.monotonic()
                 self._heard = dict.fromkeys(self._heard, now)

@@ -11,6 +11,8 @@ import logging
 import time
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
 from whimbrel.controller.core import migration as core
 from whimbrel.controller.core.effects import (
     CoreCommand,
@@ -23,12 +25,14 @@ from whimbrel.controller.core.effects import (
 )
 from whimbrel.controller.core.stimuli import CoreEvent, NotReached, Replied, Tick, WorkloadRecorded
 from whimbrel.controller.runtime import records
+from whimbrel.events.commands import Freeze
 from whimbrel.events.errors import BusError, OutboxFull, Unreachable, WrongRevision
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
     from whimbrel.controller.core.states import AnyState, Move
+    from whimbrel.controller.runtime.hearing import Hearing
     from whimbrel.controller.runtime.kept import MigrationStore
     from whimbrel.events.bus import Bus
 
@@ -43,9 +47,16 @@ class MigrationRunner:
     """`await run(commands)` until finished, taken over by another controller, or cancelled."""
 
     def __init__(
-        self, bus: Bus, store: MigrationStore, controller: str, state: AnyState, revision: int
+        self,
+        bus: Bus,
+        store: MigrationStore,
+        controller: str,
+        hearing: Hearing,
+        state: AnyState,
+        revision: int,
     ) -> None:
         self.state = state
+        self._hearing = hearing
         self._bus = bus
         self._store = store
         self._controller = controller
@@ -80,14 +91,21 @@ class MigrationRunner:
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _next(self) -> CoreEvent:
-        if not self._queue.empty():
-            return self._queue.get_nowait()
-        deadline = core.next_deadline(self.state)
-        try:
-            async with asyncio.timeout(None if deadline is None else max(0.0, deadline - time.time())):
-                return await self._queue.get()
-        except TimeoutError:
-            return Tick()
+        """The next event, or a Tick at the state's deadline; no Tick for time in which nobody was heard."""
+        while True:
+            if not self._queue.empty():
+                return self._queue.get_nowait()
+            deadline = core.next_deadline(self.state)
+            wait_s: float | None = None
+            if deadline is not None:
+                wait_s = max(deadline - time.time(), self._hearing.unfair_s())
+                if wait_s <= 0:
+                    return Tick()
+            try:
+                async with asyncio.timeout(wait_s):
+                    return await self._queue.get()
+            except TimeoutError:
+                continue
 
     async def _take(self, event: CoreEvent) -> None:
         try:
@@ -133,15 +151,26 @@ class MigrationRunner:
 
     async def _send(self, send: Send) -> None:
         command = send.command
-        event: CoreEvent
-        try:
+        allowed_s = max(0.001, command.expires_at - time.time())
+        while True:
+            deaf_count = self._hearing.deaf_count
             timeout_s = max(0.001, command.expires_at - time.time())
-            event = Replied(
-                host=send.host, reply=await self._bus.command(send.host, command, timeout_s=timeout_s)
-            )
-        except BusError as error:
-            event = NotReached(host=send.host, command=command.id, reason=str(error))
-        self.feed(event)
+            try:
+                reply = await self._bus.command(send.host, command, timeout_s=timeout_s)
+                self.feed(Replied(host=send.host, reply=reply))
+                return
+            except BusError as error:
+                if not self._hearing.deaf_since(deaf_count):
+                    self.feed(NotReached(host=send.host, command=command.id, reason=str(error)))
+                    return
+                log.info("%s to %s is sent again when the bus is back: %s", command.id, send.host, error)
+            # It was the bus that was away, not the host: the same command, by its id, gets its time again.
+            await self._hearing.restored()
+            if isinstance(command, Freeze) and time.time() >= command.commit_by:
+                reason = "the bus was away until it was too late to freeze"
+                self.feed(NotReached(host=send.host, command=command.id, reason=reason))
+                return
+            command = msgspec.structs.replace(command, expires_at=time.time() + allowed_s)
 
     async def _write_register(self, wanted: WriteRegister) -> None:
         try:

@@ -17,15 +17,17 @@ from whimbrel.controller.core.states import Ended, Flipping, is_finished
 from whimbrel.controller.core.stimuli import AbortAsked, HostSilent
 from whimbrel.controller.runtime.runner import MigrationRunner
 from whimbrel.events import facts
-from whimbrel.events.errors import BusError, WrongRevision
+from whimbrel.events.errors import BusError, LeaseLost, WrongRevision
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable
 
     from whimbrel.controller.core.effects import CoreCommand
     from whimbrel.controller.core.states import AnyState
+    from whimbrel.controller.runtime.hearing import Hearing
     from whimbrel.controller.runtime.kept import MigrationStore
     from whimbrel.events.bus import Bus
+    from whimbrel.events.lease import Lease
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +35,7 @@ SEEN_MAX: Final = 8192
 CLOCK_SLACK_S: Final = 5.0
 """The stored stream is read from this much before the oldest unfinished migration began."""
 READ_AGAIN_S: Final = 1.0
+ADOPT_EVERY_S: Final = 10.0
 PRUNE_EVERY: Final = 50
 """Migrations that end between two clean-ups of the bucket, whose size is limited."""
 
@@ -40,8 +43,14 @@ PRUNE_EVERY: Final = 50
 class Shell:
     """`await recover()`, then `await follow()` until cancelled, then `await close()`."""
 
-    def __init__(self, bus: Bus, store: MigrationStore, controller: str) -> None:
+    def __init__(
+        self, bus: Bus, store: MigrationStore, controller: str, hearing: Hearing, lease: Lease
+    ) -> None:
         self._bus = bus
+        self._hearing = hearing
+        self._lease = lease
+        self._closed = False
+        self._starting: set[str] = set()
         self._store = store
         self._controller = controller
         self._runners: dict[str, MigrationRunner] = {}
@@ -55,9 +64,18 @@ class Shell:
         return runner.state if runner is not None else None
 
     async def start(self, state: AnyState, commands: tuple[CoreCommand, ...]) -> None:
-        """Persists a new migration and runs it. Raises KeyTaken, Unreachable."""
-        revision = await self._store.create(state)
-        self._run(state, revision, commands)
+        """Persists a new migration and runs it. Raises KeyTaken, Unreachable, LeaseLost."""
+        if self._closed or not self._lease.held:
+            raise LeaseLost("this controller is not the active one any more: ask again")
+        migration = state.move.migration
+        self._starting.add(migration)
+        try:
+            revision = await self._store.create(state)
+            if self._closed:
+                raise LeaseLost(f"migration {migration} goes on with the next active controller")
+            self._run(state, revision, commands)
+        finally:
+            self._starting.discard(migration)
 
     async def recover(self) -> int:
         """Takes up every unfinished migration; how many. Raises Unreachable.
@@ -66,7 +84,7 @@ class Shell:
         """
         taken = 0
         for migration, (kept, revision) in (await self._store.migrations()).items():
-            if kept.finished or migration in self._runners:
+            if kept.finished or migration in self._runners or migration in self._starting:
                 continue
             state, commands = core.resume(kept.state, time.time())
             try:
@@ -79,6 +97,24 @@ class Shell:
             self._run(state, revision, commands)
             taken += 1
         return taken
+
+    async def adopt(self) -> None:
+        """Until cancelled: takes up what nobody runs, such as the last migration that an earlier active
+        controller began while it was losing its lease."""
+        while True:
+            await asyncio.sleep(ADOPT_EVERY_S)
+            try:
+                if await self.recover():
+                    await self._replay()
+            except BusError as error:
+                log.info("migrations that nobody runs are looked for later: %s", error)
+
+    async def _replay(self) -> None:
+        """What agents said of adopted migrations went past while they had no runner."""
+        self._seen.clear()
+        async with self._bus.subscribe(">", since=self._since) as events:
+            for _ in range(events.backlog):
+                self._route(await anext(events))
 
     def ask_abort(self, migration: str, by: str) -> bool:
         """False where it is too late: committed, ended, or not ours."""
@@ -105,20 +141,22 @@ class Shell:
 
     async def close(self) -> None:
         """Lets go of every migration as it stands; another start takes them up."""
+        self._closed = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _run(self, state: AnyState, revision: int, commands: tuple[CoreCommand, ...]) -> None:
         migration = state.move.migration
-        runner = MigrationRunner(self._bus, self._store, self._controller, state, revision)
+        runner = MigrationRunner(self._bus, self._store, self._controller, self._hearing, state, revision)
         self._runners[migration] = runner
         task = asyncio.create_task(runner.run(commands), name=f"migration {migration}")
         self._tasks.add(task)
 
         def ended(task: asyncio.Task[None]) -> None:
             self._tasks.discard(task)
-            self._runners.pop(migration, None)
+            if self._runners.get(migration) is runner:
+                del self._runners[migration]
             if not task.cancelled() and (error := task.exception()) is not None:
                 log.error("migration %s stopped in %s", migration, runner.state, exc_info=error)
             elif not is_finished(runner.state):

@@ -6,7 +6,7 @@ import asyncio
 import os
 import sys
 import time
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,10 +34,16 @@ class Stage:
     """Everything but the controller, and what a test asks of it."""
 
     def __init__(
-        self, server: EmbeddedServer, bus: Bus, a: ScriptedHost, b: ScriptedHost, gate: ScriptedGate
+        self,
+        server: EmbeddedServer,
+        url: str,
+        bus: Bus,
+        a: ScriptedHost,
+        b: ScriptedHost,
+        gate: ScriptedGate,
     ) -> None:
         self.server = server
-        self.url = server.url
+        self.url = url
         self.bus = bus
         self.a = a
         self.b = b
@@ -87,20 +93,26 @@ class Stage:
         await self.bus.workloads.create("cache", record)
 
 
-@pytest.fixture
-async def stage(tmp_path: Path) -> AsyncIterator[Stage]:
+@asynccontextmanager
+async def staged(server: EmbeddedServer, url: str, replicas: int = 1) -> AsyncIterator[Stage]:
     async with AsyncExitStack() as stack:
-        server = await stack.enter_async_context(EmbeddedServer(tmp_path / "nats"))
         buses = []
         for name in ("test", "agent-a", "agent-b", "gate"):
-            buses.append(await stack.enter_async_context(await Bus.connect(server.url, name)))
+            bus = await Bus.connect(url, name, connect_timeout_s=40.0, replicas=replicas)
+            buses.append(await stack.enter_async_context(bus))
         peers: dict[str, ScriptedHost] = {}
         a = await stack.enter_async_context(ScriptedHost(buses[1], "a", "127.0.0.1", peers))
         b = await stack.enter_async_context(ScriptedHost(buses[2], "b", "127.0.0.2", peers))
         gate = await stack.enter_async_context(ScriptedGate(buses[3], "gate"))
         await a.announce()
         await b.announce()
-        yield Stage(server, buses[0], a, b, gate)
+        yield Stage(server, url, buses[0], a, b, gate)
+
+
+@pytest.fixture
+async def stage(tmp_path: Path) -> AsyncIterator[Stage]:
+    async with EmbeddedServer(tmp_path / "nats") as server, staged(server, server.url) as ready:
+        yield ready
 
 
 @pytest.fixture
@@ -119,25 +131,54 @@ async def controller(stage: Stage) -> AsyncIterator[None]:
 
 
 class ControllerProcess:
-    """A controller that can be killed."""
+    """A controller that can be killed, stopped for a while, and ended in order."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, controller_id: str = "controller", lease_s: int = 2) -> None:
         self._url = url
+        self._id = controller_id
+        self._lease_s = lease_s
         self._process: asyncio.subprocess.Process | None = None
 
     async def start(self) -> None:
+        """Returns when it is active."""
+        await self.begin()
+        await self.active()
+
+    async def begin(self) -> None:
+        """Returns when it stands by, or is active."""
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             str(Path(__file__).parent / "controller_process.py"),
             self._url,
-            "controller",
+            self._id,
             "gate",
+            str(self._lease_s),
             stdout=asyncio.subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
         )
+        await self._said(b"started\n")
+
+    async def active(self) -> None:
+        await self._said(b"ready\n")
+
+    async def _said(self, line: bytes) -> None:
+        assert self._process is not None
         assert self._process.stdout is not None
         async with asyncio.timeout(WAIT_S):
-            assert await self._process.stdout.readline() == b"ready\n"
+            assert await self._process.stdout.readline() == line
+
+    def signal(self, number: int) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    async def end(self) -> int:
+        """In order; its exit code."""
+        assert self._process is not None
+        self._process.terminate()
+        async with asyncio.timeout(WAIT_S):
+            await self._process.communicate()
+        assert self._process.returncode is not None
+        return self._process.returncode
 
     async def kill(self) -> None:
         if self._process is not None and self._process.returncode is None:

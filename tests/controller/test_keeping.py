@@ -4,35 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
-from tests.controller.conftest import WAIT_S, ControllerProcess, Stage
+from tests.controller.conftest import WAIT_S, Stage
 
 from whimbrel.controller.runtime.kept import MigrationStore
-from whimbrel.events import facts
 from whimbrel.events.bus import Bus
-
-
-async def test_second_controller_takes_over_and_the_first_lets_go(
-    stage: Stage, controller_process: ControllerProcess
-) -> None:
-    await stage.seed()
-    await controller_process.start()
-    reached, go = stage.a.hold("RoundFinished")
-    migration = await stage.migrate("b")
-    async with asyncio.timeout(WAIT_S):
-        await reached.wait()
-    second = ControllerProcess(stage.url)
-    try:
-        await second.start()
-        go.set()
-        story = await stage.story(migration)
-    finally:
-        await second.kill()
-    assert isinstance(story[-1], facts.MigrationCompleted)
-    # Both heard every event, but only one could write the next state: each step was asked for once.
-    for verb in ("prepare-target", "prepare-source", "freeze"):
-        assert (stage.a.verbs() + stage.b.verbs()).count(verb) == 1
-    phases = [event.phase for event in story if isinstance(event, facts.MigrationPhaseChanged)]
-    assert len(phases) == len(set(phases))
 
 
 async def test_finished_migrations_are_forgotten_oldest_first(stage: Stage, controller: None) -> None:
