@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from whimbrel.agent.capsule.cgroup import Cgroup
+from whimbrel.agent.core import rules
 from whimbrel.agent.mover.process import end_leftover, worker_cgroup, workers_folder
 from whimbrel.agent.register import DecisionRegister
 from whimbrel.agent.target_side import TargetSide
@@ -73,7 +74,8 @@ class Recovery:
                 await asyncio.to_thread(capsule.destroy)
             return
         side, migration = role
-        if side == "target" and alive and await self._reattached(capsule, migration):
+        waits = side == "target" and alive and await self._reattached(capsule, migration)
+        if rules.found(rules.Side(side), worker_waits=waits) is rules.Found.GO_ON:
             _log.warning("goes on with the target of migration %s", migration)
             return
         decision = await DecisionRegister(self._bus, migration, f"{side}:{self._host}").abort(
@@ -82,13 +84,14 @@ class Recovery:
         _log.warning("found the %s of migration %s: the register says %s", side, migration, decision)
         # The old worker must be gone first: it could freeze again what thaws here.
         await asyncio.to_thread(end_leftover, worker_cgroup(self._root, side, migration), _WORKER_GRACE_S)
-        keep = alive and (side == "source") == (decision is Decision.ABORTED)
-        if not keep:
-            await asyncio.to_thread(capsule.destroy)
-        elif side == "source":
-            await asyncio.to_thread(capsule.let_run)
+        then = rules.after_restart(rules.Side(side), decision, alive=alive)
+        match then:
+            case rules.Then.DESTROY:
+                await asyncio.to_thread(capsule.destroy)
+            case rules.Then.LET_RUN:
+                await asyncio.to_thread(capsule.let_run)
         capsule.clear_role()
-        if keep:
+        if then is not rules.Then.DESTROY:
             self._workloads.watch(capsule.workload)
         self._tell(side, migration, decision)
 

@@ -8,9 +8,11 @@ writes itself over PREPARED. No key means that nobody has promised anything: any
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from typing import TYPE_CHECKING, Final
 
+from whimbrel.agent.core.rules import Wish, Write, next_write
 from whimbrel.events.errors import BusError, KeyTaken, WrongRevision
 from whimbrel.events.records import Decision, Register
 
@@ -36,11 +38,17 @@ class DecisionRegister:
 
     async def prepare(self) -> Decision:
         """PREPARED, or what somebody decided before us. Raises BusError."""
-        try:
-            await self._bus.registers.create(self._migration, self._record(Decision.PREPARED))
-            return Decision.PREPARED
-        except KeyTaken:
-            return await self.read() or Decision.ABORTED
+        # Not read first: this is downtime, and nobody else has a reason to have written yet.
+        move, revision = next_write(Wish.PREPARE, None), 0
+        stored: Decision | None = None
+        while move is not Write.NOTHING:
+            try:
+                return await self._write(move, revision)
+            except KeyTaken as taken:
+                stored, revision = taken.current.value.decision, taken.current.revision
+            move = next_write(Wish.PREPARE, stored)
+        assert stored is not None
+        return stored
 
     async def commit(self, until: float) -> Decision:
         """COMMITTED over PREPARED; waits until Unix time `until` for PREPARED to appear, then aborts.
@@ -48,22 +56,19 @@ class DecisionRegister:
         Returns what is stored in the end: only COMMITTED allows to run."""
         while True:
             entry = await self._bus.registers.get(self._migration)
-            if entry is None:
-                if time.time() > until:
-                    return await self.abort("the source promised nothing in time")
-                await asyncio.sleep(_LOOK_AGAIN_S)
-                continue
-            if entry.value.decision is not Decision.PREPARED:
-                return entry.value.decision
-            if time.time() > until:
-                return await self.abort("restored too late")
-            try:
-                await self._bus.registers.update(
-                    self._migration, self._record(Decision.COMMITTED), entry.revision
-                )
-                return Decision.COMMITTED
-            except WrongRevision:
-                continue
+            stored = entry.value.decision if entry else None
+            move = next_write(Wish.COMMIT, stored, late=time.time() > until)
+            match move:
+                case Write.NOTHING:
+                    assert stored is not None
+                    return stored
+                case Write.WAIT:
+                    await asyncio.sleep(_LOOK_AGAIN_S)
+                case Write.ABORTED:
+                    return await self.abort("restored too late, or promised nothing in time")
+                case _:
+                    with contextlib.suppress(KeyTaken, WrongRevision):
+                        return await self._write(move, entry.revision if entry else 0)
 
     async def abort(self, reason: str) -> Decision:
         """ABORTED, unless COMMITTED was first; keeps trying for as long as the register cannot be reached,
@@ -71,19 +76,26 @@ class DecisionRegister:
         while True:
             try:
                 entry = await self._bus.registers.get(self._migration)
-                if entry is None:
-                    await self._bus.registers.create(self._migration, self._record(Decision.ABORTED, reason))
-                    return Decision.ABORTED
-                if entry.value.decision is not Decision.PREPARED:
-                    return entry.value.decision
-                await self._bus.registers.update(
-                    self._migration, self._record(Decision.ABORTED, reason), entry.revision
-                )
-                return Decision.ABORTED
+                stored = entry.value.decision if entry else None
+                move = next_write(Wish.ABORT, stored)
+                if move is Write.NOTHING:
+                    assert stored is not None
+                    return stored
+                return await self._write(move, entry.revision if entry else 0, reason)
             except (KeyTaken, WrongRevision):
                 continue
             except BusError:
                 await asyncio.sleep(_RETRY_S)
+
+    async def _write(self, move: Write, revision: int, reason: str = "") -> Decision:
+        """Over `revision`, 0 for no key. Raises KeyTaken, WrongRevision and other BusErrors."""
+        decision = Decision(move.value)
+        record = self._record(decision, reason)
+        if revision:
+            await self._bus.registers.update(self._migration, record, revision)
+        else:
+            await self._bus.registers.create(self._migration, record)
+        return decision
 
     async def read(self) -> Decision | None:
         """What is stored now; None where nobody has promised anything. Raises BusError."""

@@ -10,6 +10,7 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any, Final
 
+from whimbrel.agent.core import rules
 from whimbrel.agent.mover.channel import (
     AnyMessage,
     DoFreeze,
@@ -78,6 +79,7 @@ class SourceSide:
         self._worker: WorkerProcess | None = None
         self._busy = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
+        self._looking: asyncio.Task[None] | None = None
         self._froze_at: float | None = None
         self._prepared = False
         self._ended = False
@@ -85,8 +87,8 @@ class SourceSide:
     # --- commands -------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        self._capsule.write_role("source", self.migration)
         self._begin("prepare-source", self._order.id, self._open())
+        self._looking = asyncio.create_task(self._look(), name=f"register of {self.migration}")
 
     def start_round(self, order: StartRound) -> None:
         self._begin(f"round {order.round}", order.id, self._round(order))
@@ -97,23 +99,24 @@ class SourceSide:
     async def abort(self, cause: str, reason: str) -> Decision:
         """ABORTED: the workload runs on here (now or since ever). COMMITTED: too late, nothing is done."""
         decision = await self._register.abort(reason)
-        if decision is Decision.ABORTED:
+        if rules.may_thaw(decision):
             await self._thaw(cause)
         return decision
 
     async def release(self, cause: str) -> Decision | None:
         """Kills the frozen copy if, and only if, the register says COMMITTED."""
         decision = await self._register.read()
-        if decision is Decision.COMMITTED:
+        if rules.may_release(decision):
             await self._release(cause)
         return decision
 
     async def close(self) -> None:
         """The agent stops. What is frozen stays frozen: the register decides, and the next agent looks."""
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+        for task in (self._looking, self._task):
+            if task is not None:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
         if self._worker is not None:
             await self._worker.close()
             self._worker = None
@@ -139,6 +142,10 @@ class SourceSide:
 
     async def _open(self) -> None:
         order = self._order
+        if not rules.may_begin(stored := await self._register.read()):
+            self._ended = True
+            raise WorkerFailed("prepare-source", f"the register says {stored} already", "migrate again")
+        self._capsule.write_role("source", self.migration)
         self._worker = WorkerProcess(
             "whimbrel.agent.mover.source_worker",
             self._capsule.folder / "source.log",
@@ -229,18 +236,40 @@ class SourceSide:
         await self._await_decision(order)
 
     async def _await_decision(self, order: Freeze) -> None:
-        """Frozen and promised: wait for the register, and abort by it when the time is over."""
+        """Frozen and promised: look at the register often, and ask it to abort when the time is over."""
         while not self._ended:
-            decision: Decision | None = None
             with contextlib.suppress(BusError):
-                decision = await self._register.read()
-            if decision is Decision.PREPARED and time.time() > order.commit_by:
-                decision = await self._register.abort("not committed in time")
-            if decision is Decision.ABORTED:
-                await self._thaw(order.id)
-            if decision in (Decision.ABORTED, Decision.COMMITTED):
-                return  # after COMMITTED the copy is kept, frozen, until the controller says Release
+                stored = await self._register.read()
+                late = time.time() > order.commit_by
+                match rules.source_looks(stored, frozen_late=late, committed_for_s=0.0):
+                    case rules.SourceAct.ASK_FOR_ABORT:
+                        await self.abort(order.id, "not committed in time")
+                    case rules.SourceAct.THAW:
+                        await self._thaw(order.id)
+                if rules.may_release(stored):
+                    return  # kept, frozen, until the controller says Release or `_look` has waited long
             await asyncio.sleep(_DECISION_POLL_S)
+
+    async def _look(self) -> None:
+        """Whatever becomes of the commands: the register's word comes through in the end."""
+        committed_at: float | None = None
+        while not self._ended:
+            await asyncio.sleep(rules.LOOK_EVERY_S)
+            try:
+                stored = await self._register.read()
+                if rules.may_release(stored) and committed_at is None:
+                    committed_at = time.monotonic()
+                committed_for_s = time.monotonic() - committed_at if committed_at is not None else 0.0
+                # Past commit_by it is `_freeze` that asks for the abort.
+                match rules.source_looks(stored, frozen_late=False, committed_for_s=committed_for_s):
+                    case rules.SourceAct.THAW:
+                        await self._thaw(self._order.id)
+                    case rules.SourceAct.RELEASE:
+                        await self._release(self._order.id)
+            except BusError as error:
+                _log.info("the register of %s is looked at later: %s", self.migration, error)
+            except Exception:
+                _log.exception("what the register of %s says could not be done yet", self.migration)
 
     async def _failed(self, step: str, reason: str, remedy: str, cause: str) -> None:
         if self._ended:

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from whimbrel.agent.core import rules
 from whimbrel.agent.mover.channel import Filled, OpenTarget, Restored, Resumed, TargetOpened, Verdict
 from whimbrel.agent.mover.lasting_channel import SOCKET_NAME
 from whimbrel.agent.mover.process import AttachedWorker, Worker, WorkerFailed, WorkerProcess, worker_cgroup
 from whimbrel.agent.register import DecisionRegister
+from whimbrel.events.errors import BusError
 from whimbrel.events.facts import (
     StepFailed,
     TargetDiscarded,
@@ -71,11 +73,13 @@ class TargetSide:
         self._restored = False
         self._busy = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
+        self._looking: asyncio.Task[None] | None = None
         self._ended = False
         self._made = False
 
     def prepare(self) -> None:
         self._task = asyncio.create_task(self._guarded(self._follow()), name=f"target of {self.migration}")
+        self._looking = asyncio.create_task(self._look(), name=f"register of {self.migration}")
 
     async def reattach(self) -> bool:
         """Goes on with the worker that an earlier agent left waiting; False where there is none."""
@@ -89,21 +93,23 @@ class TargetSide:
         self._task = asyncio.create_task(
             self._guarded(self._finish(worker)), name=f"target of {self.migration}"
         )
+        self._looking = asyncio.create_task(self._look(), name=f"register of {self.migration}")
         return True
 
     async def abort(self, cause: str, reason: str) -> Decision:
         """ABORTED: nothing of the migration is left here. COMMITTED: too late, nothing is done."""
         decision = await self._register.abort(reason)
-        if decision is Decision.ABORTED:
+        if rules.may_discard(decision):
             await self._discard(cause)
         return decision
 
     async def close(self) -> None:
         """The agent stops. What was restored is left to its worker, until the next agent comes."""
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+        for task in (self._looking, self._task):
+            if task is not None:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
         if self._worker is not None:
             if self._restored:
                 self._worker.detach()
@@ -122,14 +128,19 @@ class TargetSide:
 
     async def _follow(self) -> None:
         order = self._order
-        await asyncio.to_thread(self._capsule.create)
-        self._made = True
-        self._capsule.write_order(msgspec.json.encode(order))
-        self._capsule.write_role("target", self.migration)
-        worker = WorkerProcess(
-            "whimbrel.agent.mover.target_worker", self._log_path(), lambda _: None, self._cgroup
-        )
-        self._worker = worker
+        if not rules.may_begin(stored := await self._register.read()):
+            raise WorkerFailed("prepare-target", f"the register says {stored} already", "migrate again")
+        async with self._busy:  # a discard in the middle of this would leave half of it
+            if self._ended:
+                return
+            await asyncio.to_thread(self._capsule.create)
+            self._made = True
+            self._capsule.write_order(msgspec.json.encode(order))
+            self._capsule.write_role("target", self.migration)
+            worker = WorkerProcess(
+                "whimbrel.agent.mover.target_worker", self._log_path(), lambda _: None, self._cgroup
+            )
+            self._worker = worker
         worker.send(
             OpenTarget(
                 root=str(self._root),
@@ -153,13 +164,13 @@ class TargetSide:
         self._restored = True
         restored_at = time.monotonic()
         decision = await self._register.commit(restored.commit_by)
-        worker.send(Verdict(go=decision is Decision.COMMITTED))
+        worker.send(Verdict(go=rules.may_run(decision)))
         self._say(
             TargetRestored(
                 **self._envelope(), restore_ms=restored.restore_ms, verified_pages=restored.verified_pages
             )
         )
-        if decision is not Decision.COMMITTED:
+        if not rules.may_run(decision):
             raise WorkerFailed("restore", "aborted before the commit", "the source runs on")
         await worker.expect(Resumed, _RESUME_TIMEOUT_S)
         self._say(TargetResumed(**self._envelope(), commit_ms=(time.monotonic() - restored_at) * 1e3))
@@ -180,11 +191,26 @@ class TargetSide:
         await worker.close()
         self._worker = None
 
+    async def _look(self) -> None:
+        """Whatever becomes of the commands: an abort comes through in the end."""
+        while not self._ended:
+            await asyncio.sleep(rules.LOOK_EVERY_S)
+            try:
+                stored = await self._register.read()
+                if rules.may_discard(stored):
+                    await self._discard(self._order.id)
+                elif rules.may_run(stored):
+                    return
+            except BusError as error:
+                _log.info("the register of %s is looked at later: %s", self.migration, error)
+            except Exception:
+                _log.exception("what the register of %s says could not be done yet", self.migration)
+
     async def _failed(self, step: str, reason: str, remedy: str) -> None:
         if self._ended:
             return
         _log.warning("migration %s: %s: %s", self.migration, step, reason)
-        if await self._register.abort(reason) is Decision.ABORTED:
+        if rules.may_discard(await self._register.abort(reason)):
             await self._discard(self._order.id, quiet=True)
         elif self._worker is not None:  # too late to undo anything: what runs here is the live copy
             self._workloads.watch(self._order.spec.name)
