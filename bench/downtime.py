@@ -245,10 +245,26 @@ def result(options: Options, bench: Bench, facts: dict[str, Any]) -> dict[str, A
     }
 
 
+class TooLittleMemory(Exception):
+    """The sizes asked for do not fit into this machine now."""
+
+
+def check_memory(options: Options) -> None:
+    """All workloads stand; the one that moves is there twice more: in the page store and at the target."""
+    needed = sum(options.sizes_mib) + 2 * max((*options.sizes_mib, BASELINE_MIB)) + 1024
+    found = machine.memory_available_mib()
+    if found < needed:
+        raise TooLittleMemory(
+            f"expected {needed} MiB of available memory for sizes {options.sizes_mib}, found {found}; "
+            "free some, or leave out the largest: --sizes 256,1024"
+        )
+
+
 async def measure(options: Options, console: Console) -> bool:
     """Runs, prints and writes everything; True if nothing failed."""
     bench = Bench(options, console)
     facts = machine.facts()
+    check_memory(options)
     console.print(
         f"[dim]{facts['cpu']}, {facts['cores']} cores, kernel {facts['kernel']}[/]", highlight=False
     )
@@ -314,6 +330,9 @@ async def interruptible(options: Options, console: Console) -> int:
         return 0 if await running else 1
     except asyncio.CancelledError:
         return 130
+    except TooLittleMemory as error:
+        console.print(f"[red]{error}[/]")
+        return 1
 
 
 def main() -> None:

@@ -120,7 +120,7 @@ def figures(raw: Raw) -> list[Figure]:
         ),
         Figure(
             key="bytes_to_memory",
-            what="bytes sent to memory size, 1 GiB",
+            what="bytes sent to memory size, 1 GiB, of which options.compressible_percent compresses",
             want=0.6,
             at_most=True,
             value=raw.middle(
@@ -130,7 +130,7 @@ def figures(raw: Raw) -> list[Figure]:
         ),
         Figure(
             key="agent_rss_mib",
-            what="anonymous memory of the busier agent and its workers, 4 GiB",
+            what="MiB of anonymous memory of the busier agent, workers, keeper and CRIU, moving 4 GiB",
             want=150,
             at_most=True,
             value=max((move["agent_memory"]["max_mib"] for move in raw.of(LARGE)), default=None),

@@ -37,6 +37,14 @@ def facts() -> dict[str, Any]:
     }
 
 
+def memory_available_mib() -> int:
+    """What new processes and tmpfs files may take."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) // 1024
+    raise OSError("expected MemAvailable in /proc/meminfo, found none")
+
+
 def _system() -> str:
     for line in Path("/etc/os-release").read_text().splitlines():
         if line.startswith("PRETTY_NAME="):
