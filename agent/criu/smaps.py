@@ -7,7 +7,7 @@ nothing) with those flags. Mappings merge only when their flags are equal, so on
 the flags of what it grew from. Where any mapping is unknown, or locking has changed since, there is no
 stand-in, and CRIU reads the real file.
 
-Not seen: madvise(2) hints given to an existing whole mapping after the last round.
+Not seen: madvise(2) hints given to an existing whole mapping in the few seconds since the flags were read.
 """
 
 from __future__ import annotations
@@ -30,18 +30,19 @@ class FlaggedMapping(NamedTuple):
 class SmapsMemory:
     """What the mappings of one process looked like when it still ran."""
 
-    def __init__(self, mappings: list[FlaggedMapping], locked_kib: int) -> None:
+    def __init__(self, mappings: list[FlaggedMapping], locked_kib: int, read_at: float) -> None:
+        self.read_at = read_at
         self._mappings = mappings
         self._starts = [mapping.start for mapping in mappings]
         self._locked_kib = locked_kib
 
     @classmethod
-    def read(cls, pid: int) -> SmapsMemory:
-        """Walks every page of `pid` once. Raises ProcessLookupError."""
+    def read(cls, pid: int, now: float) -> SmapsMemory:
+        """Walks every page of `pid` once; `now` is kept as `read_at`. Raises ProcessLookupError."""
         try:
             with open(f"/proc/{pid}/smaps") as lines:
                 mappings = list(_flagged(lines))
-            return cls(mappings, _locked_kib(pid))
+            return cls(mappings, _locked_kib(pid), now)
         except FileNotFoundError as error:
             raise ProcessLookupError(f"pid {pid} is gone") from error
 

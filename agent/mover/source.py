@@ -22,6 +22,7 @@ import msgspec
 
 from whimbrel.agent import syscalls
 from whimbrel.agent.capsule.capsule import LOG_NAME, Capsule
+from whimbrel.agent.capsule.keeper import FDS_MAX
 from whimbrel.agent.criu.rpc import CriuWorker
 from whimbrel.agent.criu.smaps import SmapsMemory
 from whimbrel.agent.memory.pageset import PageSet
@@ -46,11 +47,12 @@ from whimbrel.agent.stream.identity import Identity
 from whimbrel.agent.stream.sender import StreamSender
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Container, Iterable
 
     from whimbrel.agent.memory.maps import Mapping
 
 _SAMPLE_EVERY_S: Final = 0.2
+_FLAGS_AGE_MAX_S: Final = 5.0
 _FLUSH_TIMEOUT_S: Final = 120.0
 _FREEZE_TIMEOUT_S: Final = 5.0
 _LOG_CARRIED_BYTES_MAX: Final = 8 << 20
@@ -86,6 +88,10 @@ class FilePages:
                 new[at] = content
         self.sent[space] = new
         return changed
+
+    def forget_all_but(self, spaces: Container[int]) -> None:
+        for ended in [number for number in self.sent if number not in spaces]:
+            del self.sent[ended]
 
     def read(self, space: int, runs: list[tuple[int, int]], buffer: memoryview) -> int:
         """A page reader that gives the copies themselves: what is sent must be what the next comparison
@@ -171,9 +177,7 @@ class SourceMover:
             if number > 1:
                 self._hot.setdefault(space, PageSet()).update(pages)
             self._sender.send_pages(space, pages.runs(), self._read_and_sample)
-        for tracked in self._tracker.spaces.values():
-            with contextlib.suppress(ProcessLookupError):
-                self._smaps[tracked.space] = SmapsMemory.read(tracked.pid)
+        self._read_flags()
         self._sender.flush(_FLUSH_TIMEOUT_S)
         ended = time.monotonic()
         after = self._sender.stats()
@@ -192,7 +196,25 @@ class SourceMover:
         )
 
     def _follow_pids(self) -> None:
-        self._reader.pids = {number: space.pid for number, space in self._tracker.spaces.items()}
+        spaces = self._tracker.spaces
+        self._reader.pids = {number: space.pid for number, space in spaces.items()}
+        self._file_pages.forget_all_but(spaces)
+        for ended in [number for number in self._smaps if number not in spaces]:
+            del self._smaps[ended]
+
+    def _read_flags(self) -> None:
+        """Keeps what CRIU will be shown instead of smaps good enough. Reading smaps walks every page, so it
+        is read again only when a mapping is unknown or the flags are some seconds old."""
+        now = time.monotonic()
+        for number, space in self._tracker.spaces.items():
+            known = self._smaps.get(number)
+            with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+                if (
+                    known is None
+                    or now - known.read_at > _FLAGS_AGE_MAX_S
+                    or known.stand_in(space.pid) is None
+                ):
+                    self._smaps[number] = SmapsMemory.read(space.pid, now)
 
     def _read_and_sample(self, space: int, runs: list[tuple[int, int]], buffer: memoryview) -> int:
         now = time.monotonic()
@@ -207,7 +229,7 @@ class SourceMover:
         self._channel.send(
             Sampled(
                 round=self._round,
-                resident_pages=0,
+                resident_pages=sum(_anonymous_bytes(pid) for pid in self._reader.pids.values()) // PAGE,
                 dirty_pages=dirty,
                 dirty_bytes_per_s=dirty * PAGE / max(now - self._last_scan, 1e-3),
                 sent_bytes=stats.sent_bytes,
@@ -316,7 +338,8 @@ class SourceMover:
                     shown.write_bytes(stand_in)
                     self._covers.append(f"/proc/{number}/smaps")
                     trees.append(syscalls.open_tree_clone(str(shown)))
-            self._capsule.call("hide", trees, paths=self._covers)
+            for at in range(0, len(trees), FDS_MAX):
+                self._capsule.call("hide", trees[at : at + FDS_MAX], paths=self._covers[at : at + FDS_MAX])
         finally:
             for tree in trees:
                 os.close(tree)
