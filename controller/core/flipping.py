@@ -109,7 +109,7 @@ def _taken_in(state: Flipping, event: CoreEvent, now: float) -> tuple[Flipping, 
         case facts.TrafficFlipped(host=move.gate) if state.flipped_at is None and not state.flip.done:
             return replace(state, flipped_at=now, flip=replace(state.flip, due_at=now + IDLE_S)), ()
         case facts.SourceReleased(host=move.source) if not state.release.done:
-            return replace(state, release=replace(state.release, done=True)), ()
+            return replace(state, source_released=True, release=replace(state.release, done=True)), ()
         case WorkloadRecorded(update=update) if update == _moved(move).id and not state.recorded.done:
             return replace(state, recorded=replace(state.recorded, done=True)), ()
         case facts.WorkloadExited(host=move.target, workload=move.spec.name) if state.exit_code is None:
@@ -228,6 +228,7 @@ def _completed(state: Flipping, now: float) -> Outcome:
     end = Completed(
         move=move,
         report=report,
+        settled=state.source_released and (seen.filled is not None or state.exit_code is not None),
         exit_code=state.exit_code,
         learned=_learned(state, measured),
         retry_at=now + ending.RECORD_AGAIN_S,

@@ -147,6 +147,8 @@ class Flipping(State, frozen=True, kw_only=True):
     """Controller's clock (unix s) when traffic was seen at the target."""
     flip_ms: float = 0.0
     impact: TrafficImpact | None = None
+    source_released: bool = False
+    """SourceReleased was heard, as opposed to given up."""
     exit_code: int | None = None
     """The workload ended at the target, by itself."""
     warnings: tuple[str, ...] = ()
@@ -194,6 +196,8 @@ class Aborted(Ended, frozen=True, kw_only=True):
 
 class Completed(Ended, frozen=True, kw_only=True):
     report: MigrationReport
+    settled: bool = False
+    """Both sides have said that they are done with it, so that nobody will look at its register again."""
     exit_code: int | None = None
     learned: DowntimeModel | None = None
 
@@ -214,6 +218,11 @@ AnyState = (
 
 def is_finished(state: AnyState) -> bool:
     return isinstance(state, Ended) and state.recorded
+
+
+def may_forget_register(state: AnyState) -> bool:
+    """Aborted may be forgotten: whoever comes later writes it again."""
+    return not isinstance(state, Completed) or state.settled
 
 
 class Impossible(AssertionError):

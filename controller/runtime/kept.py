@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from whimbrel.controller.core.downtime import DowntimeModel
-from whimbrel.controller.core.states import AnyState
+from whimbrel.controller.core.states import AnyState, may_forget_register
 from whimbrel.events.errors import BusError, Unreachable
 
 if TYPE_CHECKING:
@@ -91,17 +91,22 @@ class MigrationStore:
         await self._table.put(_model_key(workload, source, target), KeptModel(model=model))
 
     async def prune(self, keep: int = FINISHED_KEPT_MAX) -> int:
-        """Forgets the oldest finished migrations beyond `keep`, and their registers; returns how many."""
+        """Forgets the oldest finished migrations beyond `keep`, and their registers; returns how many.
+
+        A register that says Committed stays if either side may still come back and look: without it, an agent
+        that has been away would take its frozen copy for one that nobody has decided about.
+        """
         finished = sorted(
-            (kept.state.move.requested_at, migration, revision)
+            (kept.state.move.requested_at, migration, revision, may_forget_register(kept.state))
             for migration, (kept, revision) in (await self.migrations()).items()
             if kept.finished
         )
         old = finished[: max(0, len(finished) - keep)]
-        for _, migration, revision in old:
+        for _, migration, revision, forget_register in old:
             try:
                 await self._table.delete(_migration_key(migration), revision)
-                await self._bus.registers.delete(migration)
+                if forget_register:
+                    await self._bus.registers.delete(migration)
             except BusError as error:
                 log.info("migration %s is forgotten later: %s", migration, error)
         return len(old)
