@@ -61,6 +61,14 @@ _LOG_CARRIED_BYTES_MAX: Final = 8 << 20
 class CheckpointFailed(Exception):
     """The final checkpoint did not come about; nothing was promised to anyone yet."""
 
+    remedy = "the workload runs on at the source; mend the cause and migrate again"
+
+
+class WorkloadEnded(CheckpointFailed):
+    """There is nothing left to move."""
+
+    remedy = "see its log on the source, then run it again"
+
 
 @dataclass
 class FilePages:
@@ -253,13 +261,18 @@ class SourceMover:
         self._prepare_criu()
         status = self._capsule.call("status")
         if status["root"] is None or status["exit_code"] is not None:
-            raise CheckpointFailed(
-                f"expected {self._order.workload} running, found exit code {status['exit_code']}"
+            raise WorkloadEnded(
+                f"expected {self._order.workload} running, found that it had ended by itself with exit code "
+                f"{status['exit_code']}"
             )
         began = time.monotonic()
         self._capsule.cgroup.freeze(_FREEZE_TIMEOUT_S)
         tracker = self._tracker
         tracker.prepare_frozen()
+        if status["root"] not in tracker.spaces:  # CRIU would make a checkpoint of a zombie
+            raise WorkloadEnded(
+                f"expected {self._order.workload} running as pid {status['root']}, found it ending by itself"
+            )
         self._reader.close()
         self._follow_pids()
         # CRIU runs a parasite in the workload and pokes into executable pages for it: read those before.

@@ -8,7 +8,7 @@ import sys
 import threading
 
 from whimbrel.agent.mover.channel import AnyMessage, Channel, DoFreeze, DoRound, Failed, OpenSource
-from whimbrel.agent.mover.source import SourceMover
+from whimbrel.agent.mover.source import CheckpointFailed, SourceMover
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
                 Failed(
                     step=step,
                     reason=f"{type(error).__name__}: {error}",
-                    remedy="the workload runs on at the source; mend the cause and migrate again",
+                    remedy=getattr(error, "remedy", CheckpointFailed.remedy),
                 )
             )
         raise
