@@ -21,8 +21,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from whimbrel.agent.capsule.cgroup import Cgroup, find_cgroup2
-from whimbrel.agent.capsule.keeper import MESSAGE_BYTES_MAX
+from whimbrel.agent.capsule.cgroup import Cgroup, CgroupError, find_cgroup2
+from whimbrel.agent.capsule.keeper import FDS_MAX, MESSAGE_BYTES_MAX
 from whimbrel.agent.criu.find import CriuMissing, find_criu
 
 if TYPE_CHECKING:
@@ -40,6 +40,10 @@ _TMPFS_MAGIC: Final = 0x01021994
 def agent_cgroup(root: Path) -> Path:
     """Below it: a cgroup per workload of the agent with this run folder, and one for its workers."""
     return find_cgroup2() / str(root).removeprefix("/dev/shm/").strip("/").replace("/", "-")
+
+
+_launchers: dict[Path, subprocess.Popen[bytes]] = {}
+"""The `unshare` in front of each keeper that this process started, by folder: to be reaped with it."""
 
 
 class CapsuleError(Exception):
@@ -73,6 +77,16 @@ class Capsule:
                 f"expected no capsule {self.workload!r} on this host, found {self.folder}; "
                 "stop that workload first, or whimbrel doctor --clean"
             )
+        try:
+            self._create(timeout_s)
+        except BaseException as error:
+            self.destroy()
+            if isinstance(error, OSError | CgroupError):
+                raise CapsuleError(f"capsule of {self.workload}: {error}") from error
+            raise
+        self._warm_criu()
+
+    def _create(self, timeout_s: float) -> None:
         self.files.mkdir(parents=True)
         self.images.mkdir()
         FILES_MOUNT.mkdir(parents=True, exist_ok=True)
@@ -95,7 +109,7 @@ class Capsule:
         ]
         log = (self.folder / "keeper.log").open("wb")
         try:
-            subprocess.Popen(
+            process = _launchers[self.folder] = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -111,14 +125,14 @@ class Capsule:
                 self.call("status")
                 break
             except CapsuleError:
-                if time.monotonic() > deadline:
+                ended = process.poll() is not None
+                if ended or time.monotonic() > deadline:
                     problem = (self.folder / "keeper.log").read_text(errors="replace")[-500:]
-                    self.destroy()
                     raise CapsuleError(
-                        f"keeper of {self.workload} did not answer within {timeout_s:g} s: {problem}"
+                        f"keeper of {self.workload} "
+                        f"{'ended' if ended else f'did not answer within {timeout_s:g} s'}: {problem}"
                     ) from None
                 time.sleep(0.005)
-        self._warm_criu()
 
     def _warm_criu(self) -> None:
         """Lets CRIU probe the kernel once where its cache will be found again: not in a frozen section."""
@@ -171,7 +185,7 @@ class Capsule:
             with self._connect(timeout_s) as connection:
                 message = json.dumps({"op": op, **fields}).encode()
                 socket.send_fds(connection, [message], list(fds)) if fds else connection.send(message)
-                data, ancillary, _, _ = connection.recvmsg(MESSAGE_BYTES_MAX, socket.CMSG_SPACE(4 * 64))
+                data, ancillary, _, _ = connection.recvmsg(MESSAGE_BYTES_MAX, socket.CMSG_SPACE(4 * FDS_MAX))
         except OSError as error:
             raise CapsuleError(f"keeper of {self.workload} ({op}): {error}") from error
         received = array.array("i")
@@ -232,10 +246,11 @@ class Capsule:
             return None
 
     def is_alive(self) -> bool:
+        """Whether there is a keeper. One that is only slow to answer counts: its workload may be well."""
         try:
-            self.call("status")
-        except CapsuleError:
-            return False
+            self.keeper_pid()
+        except CapsuleError as error:
+            return not isinstance(error.__cause__, ConnectionRefusedError | FileNotFoundError)
         return True
 
     def let_run(self) -> None:
@@ -262,8 +277,21 @@ class Capsule:
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             if pidfd is not None:
                 _wait_exit(pidfd, timeout_s)
+        self._reap_launcher(timeout_s)
         self._base.remove()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _reap_launcher(self, timeout_s: float) -> None:
+        launcher = _launchers.pop(self.folder, None)
+        if launcher is None:
+            return
+        try:
+            launcher.wait(min(timeout_s, 1.0))  # it ends with its keeper
+        except subprocess.TimeoutExpired:
+            # The keeper never came so far as to listen: unshare and keeper are one process group.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(launcher.pid, signal.SIGKILL)
+            launcher.wait(timeout_s)
 
 
 def _wait_exit(pidfd: int, timeout_s: float) -> None:

@@ -24,7 +24,9 @@ from typing import Any
 from whimbrel.agent import syscalls
 
 MESSAGE_BYTES_MAX = 128 * 1024
-_FDS_MAX = 32
+FDS_MAX = 253
+"""SCM_MAX_FD: the kernel passes no more in one message."""
+_CLIENTS_MAX = 64
 
 
 class Keeper:
@@ -51,8 +53,7 @@ class Keeper:
         while True:
             for key, _ in self._selector.select():
                 if key.fileobj is self._listener:
-                    client, _ = self._listener.accept()
-                    self._selector.register(client, selectors.EVENT_READ)
+                    self._accept()
                 elif key.fileobj == self._wake:
                     with contextlib.suppress(BlockingIOError):
                         os.read(self._wake, 4096)
@@ -60,11 +61,21 @@ class Keeper:
                 elif isinstance(key.fileobj, socket.socket):
                     self._serve(key.fileobj)
 
+    def _accept(self) -> None:
+        # Out of descriptors or of clients: refused. Nothing that a client does may end this process.
+        with contextlib.suppress(OSError):
+            client, _ = self._listener.accept()
+            if len(self._selector.get_map()) > _CLIENTS_MAX:
+                client.close()
+                return
+            client.setblocking(False)
+            self._selector.register(client, selectors.EVENT_READ)
+
     def _serve(self, client: socket.socket) -> None:
         fds: list[int] = []
         reply_fds: list[int] = []
         try:
-            data, ancillary, _, _ = client.recvmsg(MESSAGE_BYTES_MAX, socket.CMSG_SPACE(4 * _FDS_MAX))
+            data, ancillary, _, _ = client.recvmsg(MESSAGE_BYTES_MAX, socket.CMSG_SPACE(4 * FDS_MAX))
             for level, kind, payload in ancillary:
                 if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                     numbers = array.array("i")
@@ -73,13 +84,12 @@ class Keeper:
             if not data:
                 self._drop(client)
                 return
-            request = json.loads(data)
             try:
-                reply, reply_fds = self._do(request, fds, client)
-            except (OSError, ValueError, KeyError, TypeError) as error:
+                reply, reply_fds = self._do(json.loads(data), fds, client)
+            except Exception as error:  # whatever was sent: JSON nested too deep, a number for a path, …
                 reply = {"error": f"{type(error).__name__}: {error}"}
             _send(client, reply, reply_fds)
-        except (OSError, ValueError):
+        except OSError:
             self._drop(client)
         finally:
             for fd in fds:

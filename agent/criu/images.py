@@ -5,9 +5,10 @@ Formats: two little-endian magics, then length-prefixed protobufs (images/*.prot
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple
 
 from whimbrel.agent.criu.protobuf import decode, encode
 from whimbrel.agent.memory.pageset import ADDRESS_END, PageSet
@@ -71,24 +72,33 @@ def read_messages(path: Path) -> Iterator[bytes]:
         raise BadImage(f"{path}: expected a CRIU image, found {len(data)} bytes")
     at = _MAGICS.size if _MAGICS.unpack_from(data)[0] == _COMMON_MAGIC else 4
     while at < len(data):
-        if at + 4 > len(data):
-            raise BadImage(f"{path}: cut short at byte {at}")
-        (size,) = _LENGTH.unpack_from(data, at)
+        size = _LENGTH.unpack_from(data, at)[0] if at + 4 <= len(data) else 0
+        if at + 4 + size > len(data):
+            raise BadImage(f"{path}: cut short at byte {len(data)}, in the message that begins at {at}")
         yield data[at + 4 : at + 4 + size]
         at += 4 + size
 
 
 def read_vmas(images: Path, pid: int) -> list[Vma]:
-    """The memory map of process `pid` from its mm image, in address order."""
-    message = next(read_messages(images / f"mm-{pid}.img"))
+    """The memory map of process `pid` from its mm image, in address order. Raises BadImage."""
+    path = images / f"mm-{pid}.img"
     vmas: list[Vma] = []
-    for number, value in decode(message):
-        if number == 14 and isinstance(value, bytes):
-            fields = dict(decode(value))
-            vma = Vma(*(int(fields.get(key, 0)) for key in (1, 2, 6, 7)))
-            if vma.end <= ADDRESS_END:  # the vsyscall page lies above, in the kernel's half
-                vmas.append(vma)
+    with _named(path):
+        for number, value in decode(next(read_messages(path))):
+            if number == 14 and isinstance(value, bytes):
+                fields = dict(decode(value))
+                vma = Vma(*(int(fields.get(key, 0)) for key in (1, 2, 6, 7)))
+                if vma.end <= ADDRESS_END:  # the vsyscall page lies above, in the kernel's half
+                    vmas.append(vma)
     return vmas
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, StopIteration) as error:
+        raise BadImage(f"{path}: not as CRIU writes it: {type(error).__name__} {error}") from error
 
 
 class PagesEntry(NamedTuple):
@@ -98,13 +108,15 @@ class PagesEntry(NamedTuple):
 
 
 def read_pagemap(images: Path, pid: int) -> tuple[int, list[PagesEntry]]:
-    """(number of the pages file, entries) of process `pid`."""
-    messages = read_messages(images / f"pagemap-{pid}.img")
-    pages_id = int(dict(decode(next(messages)))[1])
+    """(number of the pages file, entries) of process `pid`. Raises BadImage."""
+    path = images / f"pagemap-{pid}.img"
     entries = []
-    for message in messages:
-        fields = dict(decode(message))
-        entries.append(PagesEntry(int(fields[1]), int(fields.get(5) or fields[2]), int(fields.get(4, 0))))
+    with _named(path):
+        messages = read_messages(path)
+        pages_id = int(dict(decode(next(messages)))[1])
+        for message in messages:
+            fields = dict(decode(message))
+            entries.append(PagesEntry(int(fields[1]), int(fields.get(5) or fields[2]), int(fields.get(4, 0))))
     return pages_id, entries
 
 
@@ -151,8 +163,7 @@ def compose_pages(images: Path, pid: int, expected: PageSet, store: PageStore, *
                     base, _, offset = next(item for item in offsets if item[0] <= start < item[1])
                     pages.write(os.pread(dumped_pages.fileno(), end - start, offset + start - base))
                 else:
-                    _copy_from_store(store, pid, start, end, pages.fileno())
-                    pages.seek(0, os.SEEK_END)
+                    _copy_from_store(store, pid, start, end, pages)
     os.replace(images / f"pages-{pages_id}.new", pages_path)
     os.replace(images / f"pagemap-{pid}.new", images / f"pagemap-{pid}.img")
 
@@ -171,14 +182,14 @@ def lazy_part(images: Path, pid: int, expected: PageSet) -> PageSet:
     return expected.intersection(PageSet.from_runs((vma.start, vma.end) for vma in vmas if vma.lazy))
 
 
-def _write_message(file: object, message: bytes) -> None:
-    file.write(_LENGTH.pack(len(message)) + message)  # type: ignore[attr-defined]
+def _write_message(file: BinaryIO, message: bytes) -> None:
+    file.write(_LENGTH.pack(len(message)) + message)
 
 
-def _copy_from_store(store: PageStore, space: int, start: int, end: int, out: int) -> None:
+def _copy_from_store(store: PageStore, space: int, start: int, end: int, out: BinaryIO) -> None:
     block = memoryview(bytearray(min(end - start, 1 << 20)))
     while start < end:
         size = min(end - start, len(block))
         store.read_into(space, start, block[:size])
-        os.write(out, block[:size])
+        out.write(block[:size])
         start += size

@@ -75,6 +75,8 @@ def _varint_at(data: bytes, at: int) -> tuple[int, int]:
     while True:
         byte = data[at]
         at += 1
+        if shift > 63:
+            raise MalformedProtobuf(f"a number of more than ten bytes before byte {at}")
         result |= (byte & 0x7F) << shift
         if byte < 0x80:
             return result, at

@@ -166,12 +166,18 @@ class CriuWorker:
                 if kind == _SO_TIMESTAMPNS:  # when the kernel queued the answer, not when we looked
                     seconds, nanoseconds = struct.unpack("qq", payload)
                     self._answered_at = seconds + nanoseconds / 1e9
-            fields = dict(decode(data))
+            try:
+                fields = dict(decode(data))
+                notify = dict(decode(bytes(fields.get(5, b""))))
+            except ValueError as error:
+                raise CriuFailed(f"criu {what} said what is no answer: {error}") from error
             if fields.get(1) == _Request.NOTIFY:
-                script = dict(decode(bytes(fields.get(5, b"")))).get(1, b"")
-                hook = hooks.get(bytes(script).decode())
+                hook = hooks.get(bytes(notify.get(1, b"")).decode(errors="replace"))
                 go_on = hook() if hook else True
-                self._socket.send(encode([(1, _Request.NOTIFY), (3, go_on)]))
+                try:
+                    self._socket.send(encode([(1, _Request.NOTIFY), (3, go_on)]))
+                except OSError as error:  # it has ended while the hook took its time
+                    raise CriuFailed(f"criu {what} is gone: {error}; {_log_errors(log)}") from error
                 continue
             if not fields.get(2):
                 message = fields.get(9, b"")
