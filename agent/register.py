@@ -8,7 +8,6 @@ writes itself over PREPARED. No key means that nobody has promised anything: any
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from typing import TYPE_CHECKING, Final
 
@@ -53,22 +52,27 @@ class DecisionRegister:
     async def commit(self, until: float) -> Decision:
         """COMMITTED over PREPARED; waits until Unix time `until` for PREPARED to appear, then aborts.
 
-        Returns what is stored in the end: only COMMITTED allows to run."""
+        Returns what is stored in the end: only COMMITTED allows to run. Keeps trying for as long as the
+        register cannot be reached: our COMMITTED may be stored although nobody could say so."""
         while True:
-            entry = await self._bus.registers.get(self._migration)
-            stored = entry.value.decision if entry else None
-            move = next_write(Wish.COMMIT, stored, late=time.time() > until)
-            match move:
-                case Write.NOTHING:
-                    assert stored is not None
-                    return stored
-                case Write.WAIT:
-                    await asyncio.sleep(_LOOK_AGAIN_S)
-                case Write.ABORTED:
-                    return await self.abort("restored too late, or promised nothing in time")
-                case _:
-                    with contextlib.suppress(KeyTaken, WrongRevision):
+            try:
+                entry = await self._bus.registers.get(self._migration)
+                stored = entry.value.decision if entry else None
+                move = next_write(Wish.COMMIT, stored, late=time.time() > until)
+                match move:
+                    case Write.NOTHING:
+                        assert stored is not None
+                        return stored
+                    case Write.WAIT:
+                        await asyncio.sleep(_LOOK_AGAIN_S)
+                    case Write.ABORTED:
+                        return await self.abort("restored too late, or promised nothing in time")
+                    case _:
                         return await self._write(move, entry.revision if entry else 0)
+            except (KeyTaken, WrongRevision):
+                continue
+            except BusError:
+                await asyncio.sleep(_RETRY_S)
 
     async def abort(self, reason: str) -> Decision:
         """ABORTED, unless COMMITTED was first; keeps trying for as long as the register cannot be reached,
