@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from whimbrel.agent.core import rules
+from whimbrel.agent.mover import pause
 from whimbrel.agent.mover.channel import Filled, OpenTarget, Restored, Resumed, TargetOpened, Verdict
 from whimbrel.agent.mover.lasting_channel import SOCKET_NAME
 from whimbrel.agent.mover.process import AttachedWorker, Worker, WorkerFailed, WorkerProcess, worker_cgroup
@@ -164,6 +165,8 @@ class TargetSide:
         self._restored = True
         restored_at = time.monotonic()
         decision = await self._register.commit(restored.commit_by)
+        if pause.ACTIVE:
+            await asyncio.to_thread(pause.at, "after-commit")
         worker.send(Verdict(go=rules.may_run(decision)))
         self._say(
             TargetRestored(

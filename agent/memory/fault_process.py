@@ -20,6 +20,7 @@ from whimbrel.agent.memory.faults import Debt, FaultServer
 from whimbrel.agent.memory.pageset import PageSet
 from whimbrel.agent.memory.store import PageStore
 from whimbrel.agent.memory.userfault import Userfault
+from whimbrel.agent.mover import pause
 from whimbrel.agent.mover.channel import Failed, Filled, decode, encode
 
 if TYPE_CHECKING:
@@ -151,8 +152,9 @@ class _Serving:
         server.watch(self._control.fileno(), self._on_control)
         server.watch(self._listener.fileno(), lambda: self._on_connect(server))
         while not self._abandoned:
-            pushing = self._push_began is not None
-            server.serve_faults(0.0 if pushing else 1.0)
+            # Held: faults are answered, nothing is pushed.
+            pushing = self._push_began is not None and not pause.held("filling")
+            server.serve_faults(0.0 if pushing else 0.05 if pause.ACTIVE else 1.0)
             if pushing and not server.push_block():
                 server.finish()
                 # Closing the last copy is what turns the mappings into ordinary memory again.

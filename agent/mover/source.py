@@ -30,7 +30,7 @@ from whimbrel.agent.memory.reader import ProcessReader
 from whimbrel.agent.memory.store import digest_runs
 from whimbrel.agent.memory.tracker import DirtyTracker
 from whimbrel.agent.memory.userfault import PAGE
-from whimbrel.agent.mover import handover
+from whimbrel.agent.mover import handover, pause
 from whimbrel.agent.mover.channel import (
     Channel,
     DoFreeze,
@@ -174,6 +174,7 @@ class SourceMover:
         self._last_scan = time.monotonic()
         written = self._tracker.collect()
         self._follow_pids()
+        pause.at("pre-copy")
         total = sum(len(pages) for pages in written.values())
         for space, pages in self._tracker.file_private_pages().items():
             changed = self._file_pages.changed(space, pages, self._reader)
@@ -267,6 +268,7 @@ class SourceMover:
             )
         began = time.monotonic()
         self._capsule.cgroup.freeze(_FREEZE_TIMEOUT_S)
+        pause.at("freezing")
         tracker = self._tracker
         tracker.prepare_frozen()
         if status["root"] not in tracker.spaces:  # CRIU would make a checkpoint of a zombie
@@ -310,6 +312,7 @@ class SourceMover:
             dump_ms = self._finish_dump(order.timeout_s)
         if not self._capsule.cgroup.is_frozen():
             raise CheckpointFailed("expected the workload's cgroup frozen after the dump, found it running")
+        pause.at("dumped")
         self._channel.send(Dumped(dump_ms=dump_ms))
         image_bytes = self._send_images()
         final = handover.Final(
@@ -385,6 +388,7 @@ class SourceMover:
                 data = path.read_bytes()
                 total += len(data)
                 self._sender.send_file(path.name, data)
+                pause.at("streaming")
         log = self._capsule.files / LOG_NAME
         size = log.stat().st_size if log.exists() else 0
         with contextlib.suppress(FileNotFoundError), log.open("rb") as file:

@@ -24,7 +24,7 @@ from whimbrel.agent.criu.rpc import CriuWorker
 from whimbrel.agent.memory.fault_process import FaultProcess
 from whimbrel.agent.memory.pageset import PageSet
 from whimbrel.agent.memory.store import PageStore, digest_runs
-from whimbrel.agent.mover import handover
+from whimbrel.agent.mover import handover, pause
 from whimbrel.agent.mover.channel import (
     Failed,
     Filled,
@@ -159,6 +159,7 @@ class TargetMover:
             # Every mapping is registered now, and the commit takes some milliseconds: fill the hot pages.
             if final.lazy:
                 self._faults.push()
+            pause.at("before-commit")
             self._channel.send(
                 Restored(
                     restore_ms=(time.monotonic() - began) * 1e3,
@@ -173,6 +174,7 @@ class TargetMover:
         try:
             # CRIU first: what follows here goes on beside it.
             criu.begin_restore(images=images, lazy=final.lazy)
+            pause.at("restoring")
             verified = self._prove(expected, verify=final.verify)
             owed = {
                 space: lazy_part(images, space, pages).intersection(self._store.data_pages(space))
