@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import msgspec
 from bench import machine, plain_criu, saturated
 from bench.figures import PHASES, Figure, Raw, figures, medians
-from bench.ours import Moved
+from bench.ours import Moved, MoveSpoilt
 from rich.console import Console
 from rich.table import Table
 
@@ -115,7 +115,7 @@ class Bench:
         for step in steps[turn:] + steps[:turn]:
             try:
                 await step()
-            except (ClusterError, plain_criu.BaselineFailed, OSError) as error:
+            except (ClusterError, plain_criu.BaselineFailed, MoveSpoilt, OSError) as error:
                 self.failures.append(f"{type(error).__name__}: {error}")
                 self._console.print(f"[red]{self.failures[-1]}[/]")
 

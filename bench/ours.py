@@ -46,6 +46,10 @@ class Window(NamedTuple):
     ended_at: float
 
 
+class MoveSpoilt(Exception):
+    """The workload's memory is not what it wrote: no figure of such a move counts."""
+
+
 @dataclass
 class Move:
     """One migration as its events told it."""
@@ -61,14 +65,28 @@ class Move:
         ends = [event.at for event in self.events if isinstance(event, TrafficHeld | SourceFrozen)]
         return Window(self.began_at, min(ends))
 
-    def phases_ms(self, answered_at: float) -> dict[str, float]:
+    def phases_ms(self, gaps: list[dict[str, float]]) -> dict[str, float]:
         """The drain, the terms of the downtime, and `answer`: flip to the client's first answer.
 
-        The answer overlaps `flip` and `other`: it is the client's word on what the gate reports."""
+        `gaps` are the client's longest (ms, began_at). The answer overlaps `flip` and `other`: it is the
+        client's word on what the gate reports; 0 where no long gap was open at the flip."""
         drain = sum(event.drain_ms for event in self.events if isinstance(event, TrafficDrained))
-        flipped = [event.at for event in self.events if isinstance(event, TrafficFlipped)]
-        answer = (answered_at - flipped[-1]) * 1e3 if flipped else 0.0
+        answer = 0.0
+        for flipped_at in (event.at for event in self.events if isinstance(event, TrafficFlipped)):
+            for gap in gaps:
+                after_ms = gap["ms"] - (flipped_at - gap["began_at"]) * 1e3
+                if gap["began_at"] <= flipped_at and after_ms > 0:
+                    answer = after_ms
         return {"drain": drain, **msgspec.to_builtins(self.report.measured), "answer": answer}
+
+    def step_at(self, at: float) -> str:
+        """What went on at that Unix time: in which step a client had to wait."""
+        step = "before"
+        for event in sorted(self.events, key=lambda event: event.at):
+            if event.at > at:
+                break
+            step = f"round {event.round} over" if isinstance(event, RoundFinished) else type(event).__name__
+        return step
 
     def filled(self) -> dict[str, Any]:
         """What the fault server counted."""
@@ -171,17 +189,26 @@ class Moved:
             await asyncio.sleep(AFTER_S)
             seen = poller.mark()
         source, self._host = self._host, target
-        longest = seen["longest_gaps"][0]
+        gaps = seen["longest_gaps"]
+        for gap in gaps:
+            gap["began_in"] = move.step_at(gap["began_at"])
+            gap["ended_in"] = move.step_at(gap["began_at"] + gap["ms"] / 1e3)
         throughput = await self._ask("throughput")
         await self._ask("pause")
+        checked = await self._ask("check")
+        if not checked.startswith("ok "):
+            raise MoveSpoilt(
+                f"{self._name} after {source}→{target}: expected ok, the workload says {checked}"
+            )
         return {
             "memory_mib": self.memory_mib,
             "from": source,
             "to": target,
             "gap_ms": seen["gap_ms"],
-            "phases_ms": move.phases_ms(longest["began_at"] + longest["ms"] / 1e3),
+            "phases_ms": move.phases_ms(gaps),
             "timeline_ms": move.timeline(),
             "filled": move.filled(),
+            "checked": checked,
             "rounds": [
                 msgspec.to_builtins(event) for event in move.events if isinstance(event, RoundFinished)
             ],
