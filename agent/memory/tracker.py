@@ -178,13 +178,14 @@ class DirtyTracker:
                     alive[inner_pid(pid)] = pid
         for number in [n for n, space in self.spaces.items() if alive.get(n) != space.pid]:
             self.spaces.pop(number).close()
+        known = [space.pid for space in self.spaces.values()]
         for number, pid in sorted(alive.items()):
             # A child of vfork (or posix_spawn) is still in its parent's memory: tracked there, and a second
             # scan of the same page tables would take away what the first one has to find.
-            if number not in self.spaces and not any(
-                syscalls.same_memory(pid, space.pid) for space in self.spaces.values()
-            ):
-                self._adopt(number, pid, frozen=frozen)
+            if number in self.spaces or any(syscalls.same_memory(pid, other) for other in known):
+                continue
+            known.append(pid)
+            self._adopt(number, pid, frozen=frozen)
 
     def _adopt(self, number: int, pid: int, *, frozen: bool) -> None:
         if frozen:  # a frozen process cannot make a userfaultfd; all of its pages count as written
