@@ -32,7 +32,7 @@ from whimbrel.events.requests import AbortMigration, Declined, Migrate, Run, Sto
 from whimbrel.events.server import EmbeddedServer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
     from types import TracebackType
 
@@ -93,9 +93,18 @@ class Child:
 class Cluster:
     """`async with Cluster(run_dir) as cluster`. Logs stay in `run_dir`, state does not."""
 
-    def __init__(self, run_dir: Path, link_mbit: int = 1000, *, ephemeral: bool = False) -> None:
-        """`ephemeral`: if we are killed, whoever sweeps after us may remove `run_dir` with its logs too."""
+    def __init__(
+        self,
+        run_dir: Path,
+        link_mbit: int = 1000,
+        *,
+        ephemeral: bool = False,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """`ephemeral`: if we are killed, whoever sweeps after us may remove `run_dir` with its logs too.
+        `environment`: more of it, for all its processes."""
         self._ephemeral = ephemeral
+        self._environment = dict(environment or {})
         self.run_dir = run_dir
         self.link_mbit = link_mbit
         self.gate_address = "127.0.0.1"
@@ -144,11 +153,19 @@ class Cluster:
             self.nats_url, f"cluster-{os.getpid()}", connect_timeout_s=READY_TIMEOUT_S
         )
         self._bus_open = True
-        self.start_child(CONTROLLER, ["controller", "--id", CONTROLLER, "--gate", GATE])
-        self.start_child(GATE, ["gate", "--name", GATE, "--listen", self.gate_address])
+        self.start_controller()
+        self.start_gate()
         for name in self.hosts:
             self.start_agent(name)
-        await self._until_ready()
+        await self.until_ready()
+
+    def start_controller(self) -> Child:
+        """Starts (again) the controller."""
+        return self.start_child(CONTROLLER, ["controller", "--id", CONTROLLER, "--gate", GATE])
+
+    def start_gate(self) -> Child:
+        """Starts (again) the gate."""
+        return self.start_child(GATE, ["gate", "--name", GATE, "--listen", self.gate_address])
 
     def start_agent(self, host: str) -> Child:
         """Starts (again) the agent of host `a` or `b`."""
@@ -184,7 +201,9 @@ class Cluster:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env=child_environment(WHIMBREL_NATS=self.nats_url, PYTHONUNBUFFERED="1"),
+                env=child_environment(
+                    WHIMBREL_NATS=self.nats_url, PYTHONUNBUFFERED="1", **self._environment
+                ),
                 start_new_session=True,  # Ctrl-C is ours to handle, in order
             )
         child = Child(name, process, log)
@@ -202,7 +221,7 @@ class Cluster:
             folders = [str(self.run_dir)]
         self._slot.note({"owner": os.getpid(), "children": children, "folders": folders})
 
-    async def _until_ready(self) -> None:
+    async def until_ready(self) -> None:
         """Both hosts are in the table; gate and controller answer. Raises ClusterError."""
         deadline = time.monotonic() + READY_TIMEOUT_S
         missing = {f"agent-{host}" for host in self.hosts} | {GATE, CONTROLLER}
@@ -238,6 +257,11 @@ class Cluster:
                     f"expected {child.name} to run, found exit {child.process.returncode}; "
                     f"the end of {child.log}:\n{child.tail()}"
                 )
+
+    @property
+    def server_pid(self) -> int | None:
+        """Of the NATS server, which is started again where it ends."""
+        return None if self._server is None else self._server.pid
 
     # --- what is asked of it --------------------------------------------------------------------------
 
