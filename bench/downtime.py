@@ -35,7 +35,7 @@ from whimbrel.controller.demo.cluster import Cluster, ClusterError
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-RESULTS = Path(__file__).resolve().parent / "results" / "downtime.json"
+RESULTS = Path(__file__).resolve().parent / "results"
 BASELINE_MIB = 1024
 FLOORS_PER_RUN = 3
 LINK_MBIT = 1000
@@ -273,14 +273,15 @@ async def measure(options: Options, console: Console) -> bool:
     try:
         async with cluster:
             await bench.run(cluster)
-    finally:
         facts["load_after"] = os.getloadavg()[0]
+        options.json_file.parent.mkdir(parents=True, exist_ok=True)
+        encoded = msgspec.json.encode(result(options, bench, facts))
+        options.json_file.write_bytes(msgspec.json.format(encoded, indent=2) + b"\n")
+        console.print(f"every raw run: {options.json_file}")
+    finally:
+        # An interrupted run is shown as far as it came, and leaves the results of a whole one alone.
         if bench.raw.moves:
-            options.json_file.parent.mkdir(parents=True, exist_ok=True)
-            encoded = msgspec.json.encode(result(options, bench, facts))
-            options.json_file.write_bytes(msgspec.json.format(encoded, indent=2) + b"\n")
             console.print(breakdown(bench.raw), table(figures(bench.raw)))
-            console.print(f"every raw run: {options.json_file}")
         if bench.failures or not bench.raw.moves:
             console.print(f"[yellow]logs: {run_dir}[/]")
         else:
@@ -305,7 +306,7 @@ def parse(argv: list[str] | None = None) -> Options:
     parser.add_argument("--budget-ms", type=float, default=200.0)
     parser.add_argument("--no-baselines", action="store_true", help="ours only")
     parser.add_argument("--no-saturated", action="store_true", help="without the runs for information")
-    parser.add_argument("--json", type=Path, default=RESULTS, help="write the results here")
+    parser.add_argument("--json", type=Path, help="write the results here, not into bench/results")
     given = parser.parse_args(argv)
     return Options(
         sizes_mib=(256,) if given.quick else tuple(int(size) for size in given.sizes.split(",")),
@@ -316,7 +317,7 @@ def parse(argv: list[str] | None = None) -> Options:
         budget_ms=given.budget_ms,
         baselines=not given.no_baselines,
         saturated=not (given.no_saturated or given.quick),
-        json_file=given.json,
+        json_file=given.json or RESULTS / ("quick.json" if given.quick else "downtime.json"),
     )
 
 
