@@ -14,6 +14,8 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
 from whimbrel.agent.capsule.capsule import FILES_MOUNT
 from whimbrel.agent.memory.maps import read_maps
 from whimbrel.events.commands import FileFact, SourceAssessment, TargetAssessment
@@ -119,6 +121,9 @@ def _add_file(files: dict[str, FileFact], pid: int, path: str, *, executable: bo
     if path.endswith(" (deleted)") or path.startswith(f"{FILES_MOUNT}/"):
         return
     known = files.get(path)
+    if known is not None and writable and not known.writable:
+        # One descriptor that reads must not hide another that writes: its size may change any moment.
+        known = files[path] = msgspec.structs.replace(known, writable=True)
     if known is not None and (known.digest or not executable):
         return
     try:
@@ -127,6 +132,7 @@ def _add_file(files: dict[str, FileFact], pid: int, path: str, *, executable: bo
         digest = _digest(inside, size) if executable else ""
     except OSError:
         return
+    writable = writable or (known is not None and known.writable)
     files[path] = FileFact(path=path, size_bytes=size, digest=digest, writable=writable)
 
 
