@@ -19,7 +19,8 @@ def check_name(kind: str, name: str) -> str:
     """Returns `name`; raises ValueError where it could not be a subject token, KV key or folder name."""
     if not _NAME.match(name):
         raise ValueError(
-            f"{kind} {name!r} is not a name: expected 1-63 of a-z, 0-9, - and _, starting and ending with a letter or digit"
+            f"{kind} {name!r} is not a name: expected 1-63 of a-z, 0-9, - and _, "
+            "starting and ending with a letter or digit"
         )
     return name
 
