@@ -3,7 +3,8 @@
 A capsule remembers in its folder whether it is the source or the target of a migration. A target worker that
 has restored something waits for this agent, which goes on with it where the last one stood. Otherwise this
 agent's part died with it: ABORTED is written if it still can be, and then the source's copy thaws and the
-target's is thrown away. The rest is told to the controller, which need not wait for its timeouts then.
+target's is thrown away. Where it cannot, the target's copy is the live one, and a new worker finishes what is
+left of it. The rest is told to the controller, which need not wait for its timeouts then.
 """
 
 from __future__ import annotations
@@ -82,9 +83,14 @@ class Recovery:
             "the agent restarted"
         )
         _log.warning("found the %s of migration %s: the register says %s", side, migration, decision)
+        then = rules.after_restart(rules.Side(side), decision, alive=alive)
+        target = self._target_of(capsule) if then is rules.Then.KEEP else None
+        if target is not None:
+            target.take_over()
+            self.targets[migration] = target
+            return
         # The old worker must be gone first: it could freeze again what thaws here.
         await asyncio.to_thread(end_leftover, worker_cgroup(self._root, side, migration), _WORKER_GRACE_S)
-        then = rules.after_restart(rules.Side(side), decision, alive=alive)
         match then:
             case rules.Then.DESTROY:
                 await asyncio.to_thread(capsule.destroy)
@@ -95,16 +101,19 @@ class Recovery:
             self._workloads.watch(capsule.workload)
         self._tell(side, migration, decision)
 
-    async def _reattached(self, capsule: Capsule, migration: str) -> bool:
+    def _target_of(self, capsule: Capsule) -> TargetSide | None:
         written = capsule.read_order()
         if written is None:
-            return False
+            return None
         try:
             order = msgspec.json.decode(written, type=PrepareTarget)
         except msgspec.MsgspecError:
-            return False  # it died while writing it: nothing was restored then
-        target = TargetSide(self._bus, self._host, self._root, self._identity_folder, self._workloads, order)
-        if not await target.reattach():
+            return None  # it died while writing it: nothing was restored then
+        return TargetSide(self._bus, self._host, self._root, self._identity_folder, self._workloads, order)
+
+    async def _reattached(self, capsule: Capsule, migration: str) -> bool:
+        target = self._target_of(capsule)
+        if target is None or not await target.reattach():
             return False
         self.targets[migration] = target
         return True

@@ -14,10 +14,27 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from whimbrel.agent.core import rules
+from whimbrel.agent.memory.serving import FILL_FOLDER
+from whimbrel.agent.memory.table import ServerRecord
 from whimbrel.agent.mover import pause
-from whimbrel.agent.mover.channel import Filled, OpenTarget, Restored, Resumed, TargetOpened, Verdict
+from whimbrel.agent.mover.channel import (
+    Filled,
+    OpenTarget,
+    Restored,
+    Resumed,
+    TakeTarget,
+    TargetOpened,
+    Verdict,
+)
 from whimbrel.agent.mover.lasting_channel import SOCKET_NAME
-from whimbrel.agent.mover.process import AttachedWorker, Worker, WorkerFailed, WorkerProcess, worker_cgroup
+from whimbrel.agent.mover.process import (
+    AttachedWorker,
+    Worker,
+    WorkerFailed,
+    WorkerProcess,
+    end_workers,
+    worker_cgroup,
+)
 from whimbrel.agent.register import DecisionRegister
 from whimbrel.events.errors import BusError
 from whimbrel.events.facts import (
@@ -45,6 +62,8 @@ _log = logging.getLogger(__name__)
 _OPEN_TIMEOUT_S: Final = 30.0
 _MIGRATION_TIMEOUT_S: Final = 24 * 3600.0
 _RESUME_TIMEOUT_S: Final = 60.0
+_TAKEOVER_TIMEOUT_S: Final = 120.0
+_TAKEOVERS_MAX: Final = 5
 
 
 class TargetSide:
@@ -77,6 +96,8 @@ class TargetSide:
         self._looking: asyncio.Task[None] | None = None
         self._ended = False
         self._made = False
+        self._takeovers = 0
+        self._resumed_said = False
 
     def prepare(self) -> None:
         self._task = asyncio.create_task(self._guarded(self._follow()), name=f"target of {self.migration}")
@@ -96,6 +117,11 @@ class TargetSide:
         )
         self._looking = asyncio.create_task(self._look(), name=f"register of {self.migration}")
         return True
+
+    def take_over(self) -> None:
+        """Goes on where the register says COMMITTED and no worker is left: from what is on disk."""
+        self._made = self._restored = True
+        self._task = asyncio.create_task(self._guarded(self._continue()), name=f"target of {self.migration}")
 
     async def abort(self, cause: str, reason: str) -> Decision:
         """ABORTED: nothing of the migration is left here. COMMITTED: too late, nothing is done."""
@@ -119,13 +145,19 @@ class TargetSide:
             self._worker = None
 
     async def _guarded(self, work: Coroutine[None, None, None]) -> None:
-        try:
-            await work
-        except WorkerFailed as error:
-            await self._failed(error.step, error.reason, error.remedy)
-        except Exception as error:
-            _log.exception("target side of %s", self.migration)
-            await self._failed("target", f"{type(error).__name__}: {error}", "see the agent's log")
+        while True:
+            try:
+                await work
+                return
+            except WorkerFailed as error:
+                if not await self._failed(error.step, error.reason, error.remedy):
+                    return
+            except Exception as error:
+                _log.exception("target side of %s", self.migration)
+                reason = f"{type(error).__name__}: {error}"
+                if not await self._failed("target", reason, "see the agent's log"):
+                    return
+            work = self._continue()
 
     async def _follow(self) -> None:
         order = self._order
@@ -160,7 +192,6 @@ class TargetSide:
 
     async def _finish(self, worker: Worker) -> None:
         """From the restore to the end; a worker that was left by another agent says all of it again."""
-        order = self._order
         restored = await worker.expect(Restored, _MIGRATION_TIMEOUT_S)
         self._restored = True
         restored_at = time.monotonic()
@@ -176,8 +207,35 @@ class TargetSide:
         if not rules.may_run(decision):
             raise WorkerFailed("restore", "aborted before the commit", "the source runs on")
         await worker.expect(Resumed, _RESUME_TIMEOUT_S)
-        self._say(TargetResumed(**self._envelope(), commit_ms=(time.monotonic() - restored_at) * 1e3))
-        self._workloads.watch(order.spec.name)
+        await self._fill(worker, restored_at)
+
+    async def _continue(self) -> None:
+        """After COMMITTED, where the worker that restored it is dead."""
+        began = time.monotonic()
+        # Of an earlier worker only the fault servers go on.
+        records = ServerRecord.load_all(self._capsule.folder / FILL_FOLDER)
+        spared = {pid for record in records for pid in (record.pid, record.holder)}
+        await asyncio.to_thread(end_workers, self._cgroup, spared)
+        worker = WorkerProcess(
+            "whimbrel.agent.mover.target_worker", self._log_path(), lambda _: None, self._cgroup
+        )
+        self._worker = worker
+        worker.send(
+            TakeTarget(
+                root=str(self._root),
+                host=self._host,
+                workload=self._order.spec.name,
+                migration=self.migration,
+            )
+        )
+        await worker.expect(Resumed, _TAKEOVER_TIMEOUT_S)
+        await self._fill(worker, began)
+
+    async def _fill(self, worker: Worker, restored_at: float) -> None:
+        if not self._resumed_said:
+            self._say(TargetResumed(**self._envelope(), commit_ms=(time.monotonic() - restored_at) * 1e3))
+            self._resumed_said = True
+        self._workloads.watch(self._order.spec.name)
         filled = await worker.expect(Filled, _MIGRATION_TIMEOUT_S)
         self._capsule.clear_role()
         self._say(
@@ -209,17 +267,22 @@ class TargetSide:
             except Exception:
                 _log.exception("what the register of %s says could not be done yet", self.migration)
 
-    async def _failed(self, step: str, reason: str, remedy: str) -> None:
+    async def _failed(self, step: str, reason: str, remedy: str) -> bool:
+        """True: the register says COMMITTED, and what was lost is to be taken over."""
         if self._ended:
-            return
+            return False
         _log.warning("migration %s: %s: %s", self.migration, step, reason)
         if rules.may_discard(await self._register.abort(reason)):
             await self._discard(self._order.id, quiet=True)
-        elif self._worker is not None:  # too late to undo anything: what runs here is the live copy
-            self._workloads.watch(self._order.spec.name)
-            await self._worker.close()
-            self._worker = None
+        else:  # too late to undo anything: what is here is the live copy
+            if self._worker is not None:
+                await self._worker.end()
+                self._worker = None
+            self._takeovers += 1
+            if self._takeovers <= _TAKEOVERS_MAX:
+                return True
         self._say(StepFailed(**self._envelope(), step=step, reason=reason, remedy=remedy))
+        return False
 
     async def _discard(self, cause: str, *, quiet: bool = False) -> None:
         async with self._busy:

@@ -34,6 +34,8 @@ class Keeper:
         self._held: dict[str, int] = {}
         self._root: int | None = None
         self._exit_code: int | None = None
+        self._resumed = False
+        """Whether CRIU was told to let run what it restored; known here for certain, whoever dies."""
         self._watchers: set[socket.socket] = set()
         self._selector = selectors.DefaultSelector()
         with contextlib.suppress(FileNotFoundError):
@@ -106,7 +108,9 @@ class Keeper:
     ) -> tuple[dict[str, Any], list[int]]:
         match request["op"]:
             case "status":
-                return {"root": self._root, "exit_code": self._exit_code, "held": sorted(self._held)}, []
+                held = sorted(self._held)
+                state = {"root": self._root, "exit_code": self._exit_code, "resumed": self._resumed}
+                return {**state, "held": held}, []
             case "watch":  # this connection is told of the exit
                 self._watchers.add(client)
                 return {"root": self._root, "exit_code": self._exit_code}, []
@@ -114,6 +118,16 @@ class Keeper:
                 return {"pid": self._start(request)}, []
             case "adopt":  # a restored process tree: its root is our child now or soon
                 self._root, self._exit_code = int(request["pid"]), None
+                return {}, []
+            case (
+                "resume"
+            ):  # says `message` to CRIU, whose socket came along: from now on the workload may run
+                with socket.socket(fileno=os.dup(fds[0])) as criu:
+                    criu.send(bytes.fromhex(request["message"]), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                self._root, self._exit_code, self._resumed = int(request["pid"]), None, True
+                return {}, []
+            case "resume_failed":  # CRIU said that it let nothing run after all
+                self._root, self._resumed = None, False
                 return {}, []
             case "last_pid":
                 return {"was": _last_pid(request.get("set"))}, []
@@ -135,6 +149,8 @@ class Keeper:
             case "held":
                 names = sorted(self._held)
                 return {"names": names}, [self._held[name] for name in names]
+            case "fetch":
+                return {}, [self._held[name] for name in request["names"]]
             case "release":
                 for name in request["names"]:
                     self._release(name)

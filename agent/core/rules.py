@@ -115,7 +115,7 @@ class Then(StrEnum):
     LET_RUN = "let run"
     """The source's copy: thawed, watched, without a role."""
     KEEP = "keep"
-    """The target's copy runs: watched, without a role."""
+    """The target's copy is the live one: taken over, until every page is in place."""
     DESTROY = "destroy"
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _LOG_LEVEL: Final = 2
+_POST_RESTORE: Final = "post-restore"
 _CG_MODE_IGNORE: Final = 0
 _MESSAGE_BYTES_MAX: Final = 65536
 _SO_TIMESTAMPNS: Final = 35
@@ -59,6 +60,10 @@ class _Option(IntEnum):
 
 class CriuFailed(Exception):
     """CRIU said no or died; carries the errors of its log."""
+
+
+class CriuRefused(CriuFailed):
+    """CRIU said no itself: what it had restored is killed, and nothing of it has run."""
 
 
 @dataclass(frozen=True)
@@ -133,12 +138,23 @@ class CriuWorker:
         self._send(_Request.RESTORE, options)
 
     def finish_restore(
-        self, images: Path, timeout_s: float, on_post_restore: Callable[[], bool]
+        self,
+        images: Path,
+        timeout_s: float,
+        on_post_restore: Callable[[], bool],
+        let_run: Callable[[int, bytes], None] | None = None,
     ) -> CriuResult:
         """Blocks until the processes run. `on_post_restore` is called when all exist and none has run yet.
 
-        It may block (for the commit); False kills what was restored. Raises CriuFailed."""
-        return self._finish("restore", images / "restore.log", timeout_s, {"post-restore": on_post_restore})
+        It may block (for the commit); False kills what was restored. `let_run` gets CRIU's socket and the
+        message that lets it go on, to send it in our place. Raises CriuFailed, and what `let_run` raises."""
+        hooks = {_POST_RESTORE: on_post_restore}
+        return self._finish("restore", images / "restore.log", timeout_s, hooks, let_run)
+
+    def kill(self) -> None:
+        """What it was about to restore must be killed after it; `close` it all the same."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def _send(self, kind: _Request, options: list[tuple[int, int | bool | str | bytes]]) -> None:
         self._asked_at = time.time()
@@ -148,7 +164,12 @@ class CriuWorker:
             raise CriuFailed(f"criu did not start (exit {self._process.poll()}): {error}") from error
 
     def _finish(
-        self, what: str, log: Path, timeout_s: float, hooks: dict[str, Callable[[], bool]]
+        self,
+        what: str,
+        log: Path,
+        timeout_s: float,
+        hooks: dict[str, Callable[[], bool]],
+        let_run: Callable[[int, bytes], None] | None = None,
     ) -> CriuResult:
         while True:
             self._socket.settimeout(timeout_s)
@@ -172,17 +193,22 @@ class CriuWorker:
             except ValueError as error:
                 raise CriuFailed(f"criu {what} said what is no answer: {error}") from error
             if fields.get(1) == _Request.NOTIFY:
-                hook = hooks.get(bytes(notify.get(1, b"")).decode(errors="replace"))
+                script = bytes(notify.get(1, b"")).decode(errors="replace")
+                hook = hooks.get(script)
                 go_on = hook() if hook else True
+                answer_to_it = encode([(1, _Request.NOTIFY), (3, go_on)])
+                if let_run is not None and go_on and script == _POST_RESTORE:
+                    let_run(self._socket.fileno(), answer_to_it)
+                    continue
                 try:
-                    self._socket.send(encode([(1, _Request.NOTIFY), (3, go_on)]))
+                    self._socket.send(answer_to_it)
                 except OSError as error:  # it has ended while the hook took its time
                     raise CriuFailed(f"criu {what} is gone: {error}; {_log_errors(log)}") from error
                 continue
             if not fields.get(2):
                 message = fields.get(9, b"")
                 said = message.decode(errors="replace") if isinstance(message, bytes) else ""
-                raise CriuFailed(f"criu {what} failed{': ' + said if said else ''}; {_log_errors(log)}")
+                raise CriuRefused(f"criu {what} failed{': ' + said if said else ''}; {_log_errors(log)}")
             answer = fields.get(4)
             pid = signed(int(dict(decode(answer)).get(1, 0))) if isinstance(answer, bytes) else None
             return CriuResult(restored_pid=pid)

@@ -19,11 +19,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from whimbrel.agent.memory.pageset import PageSet
-from whimbrel.agent.memory.userfault import PAGE, EventKind, Userfault
+from whimbrel.agent.memory.userfault import ADDRESSES, PAGE, EventKind, FaultEvent, Userfault
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from whimbrel.agent.memory.ledger import Ledger
     from whimbrel.agent.memory.store import PageStore
 
 PUSH_BYTES: Final = 256 * 1024
@@ -53,6 +54,28 @@ class Debt:
     later: Iterator[tuple[int, int]] = field(default_factory=lambda: iter(()))
     """What comes behind the queue, worked out as it is needed: the hot pages of a large process are tens of
     thousands of runs, and listing them all at once would keep its restore waiting."""
+    ledger: Ledger | None = None
+    """Where its events are kept for a server that has to take over; None: they are not."""
+
+    def read(self) -> list[tuple[int, FaultEvent]]:
+        """(slot in the ledger, message) of all that wait."""
+        if self.ledger is None:
+            return list(enumerate(self.userfault.events()))
+        return self.ledger.read(self.userfault.fd)
+
+    def follow(self, event: FaultEvent) -> None:
+        """What the process did to its own memory. Raises FillFailed on what is no such event."""
+        match event.kind:
+            case EventKind.REMAP:
+                _follow_remap(self, event.first, event.second, event.third)
+            case EventKind.REMOVE | EventKind.UNMAP:
+                self.owed.discard(event.first, event.second)
+            case unknown:
+                raise FillFailed(f"userfaultfd of space {self.space} said {unknown:#x}")
+
+    def fork(self, child_fd: int) -> Debt:
+        """What the child is owed whose userfaultfd this is."""
+        return Debt(self.space, Userfault(child_fd), self.owed.copy(), list(self.moved))
 
     def source_of(self, address: int) -> tuple[int, int]:
         """(address in the store, end of the part of this process's memory that maps alike)."""
@@ -72,10 +95,10 @@ class FaultServer:
         self,
         store: PageStore,
         *,
-        on_fork: Callable[[Debt], None] = lambda _: None,
+        on_fork: Callable[[Debt, Debt, int], None] = lambda parent, child, slot: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`on_fork` hears of the userfaultfd of every forked child before the child can run."""
+        """`on_fork` hears of every forked child: parent, child, slot of the event in the parent's ledger."""
         self._store = store
         self._on_fork = on_fork
         self._clock = clock
@@ -93,12 +116,21 @@ class FaultServer:
         """Takes over `userfault`. `owed` are data pages only: all else faults in as zeros. `hot` is what
         the push begins with."""
         debt = Debt(space, userfault, owed.copy())
+        self.take(debt, hot)
+
+    def take(self, debt: Debt, hot: PageSet | None = None, *, after_a_death: bool = False) -> None:
+        """As `add`, with all that is known of it. `after_a_death`: who waits for an answer that an earlier
+        server read and never gave asks again."""
+        userfault, owed = debt.userfault, debt.owed
         runs = sorted(owed.runs(), key=lambda run: run[1] - run[0])
         debt.queue.extend(run for run in runs if run[1] - run[0] <= SMALL_RUN_BYTES)
         if hot is not None:
             debt.later = hot.runs()
         self._debts[userfault.fd] = debt
         self._poller.register(userfault.fd, select.POLLIN)
+        if after_a_death:
+            with contextlib.suppress(ProcessLookupError):
+                userfault.wake(ADDRESSES[0], ADDRESSES[1] - ADDRESSES[0])
 
     def watch(self, fd: int, on_ready: Callable[[], None]) -> None:
         """Another descriptor to wait for in the same loop."""
@@ -183,18 +215,19 @@ class FaultServer:
         # One read returns faults before older events. The events come first all the same: a page installed
         # for the parent after its fork is one that the child has not got, and is still owed.
         faults: list[int] = []
-        for event in debt.userfault.events():
+        for slot, event in debt.read():
             match event.kind:
                 case EventKind.PAGEFAULT:
                     faults.append(event.second & ~(PAGE - 1))
                 case EventKind.FORK:
-                    self._follow_fork(debt, event.first & 0xFFFFFFFF)
-                case EventKind.REMAP:
-                    _follow_remap(debt, event.first, event.second, event.third)
-                case EventKind.REMOVE | EventKind.UNMAP:
-                    debt.owed.discard(event.first, event.second)
-                case unknown:
-                    raise FillFailed(f"userfaultfd of space {debt.space} said {unknown:#x}")
+                    child = debt.fork(event.first & 0xFFFFFFFF)
+                    self._debts[child.userfault.fd] = child
+                    self._poller.register(child.userfault.fd, select.POLLIN)
+                    self._on_fork(debt, child, slot)
+                case _:
+                    debt.follow(event)
+        if debt.ledger is not None and debt.ledger.is_nearly_full:
+            debt.ledger.rebase(debt.owed, debt.moved)
         for address in faults:
             self.faults += 1
             self._fault(debt, address)
@@ -280,12 +313,6 @@ class FaultServer:
             if error.errno not in (errno.ESRCH, errno.ENOENT):
                 raise FillFailed(f"space {debt.space}: zero page at {address:#x}: {error}") from error
             _wake(debt, address)
-
-    def _follow_fork(self, parent: Debt, child_fd: int) -> None:
-        child = Debt(parent.space, Userfault(child_fd), parent.owed.copy(), list(parent.moved))
-        self._debts[child_fd] = child
-        self._poller.register(child_fd, select.POLLIN)
-        self._on_fork(child)
 
 
 def _wake(debt: Debt, address: int) -> None:

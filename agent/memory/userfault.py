@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PAGE: Final = 4096
+ADDRESSES: Final = (0x10000, 0x7FFF_FFFF_F000)
+"""Where a process can have memory; what is registered lies inside."""
 
 _API: Final = 0xAA
 
@@ -86,7 +88,8 @@ class FaultEvent(NamedTuple):
     """REMAP: length"""
 
 
-_MESSAGE: Final = struct.Struct("<B7xQQQ")
+MESSAGE: Final = struct.Struct("<B7xQQQ")
+"""The kernel's struct uffd_msg: its fields are those of FaultEvent."""
 
 
 class Userfault:
@@ -146,10 +149,10 @@ class Userfault:
     def events(self) -> list[FaultEvent]:
         """All waiting messages (at most 64), without blocking."""
         try:
-            data = os.read(self.fd, 64 * _MESSAGE.size)
+            data = os.read(self.fd, 64 * MESSAGE.size)
         except BlockingIOError:
             return []
-        return [FaultEvent(*fields) for fields in _MESSAGE.iter_unpack(data)]
+        return [FaultEvent(*fields) for fields in MESSAGE.iter_unpack(data)]
 
     def close(self) -> None:
         if self.fd >= 0:

@@ -116,6 +116,15 @@ class OpenTarget(Message, frozen=True, kw_only=True, tag=True):
     verify: bool
 
 
+class TakeTarget(Message, frozen=True, kw_only=True, tag=True):
+    """→ Resumed, Filled: the register says COMMITTED, and an earlier worker of this migration is dead."""
+
+    root: str
+    host: str
+    workload: str
+    migration: str
+
+
 class Verdict(Message, frozen=True, kw_only=True, tag=True):
     """What the register says: `go` lets the restored processes run, else they are killed."""
 
@@ -167,6 +176,7 @@ AnyMessage = (
     | Dumped
     | Streamed
     | OpenTarget
+    | TakeTarget
     | Verdict
     | TargetOpened
     | Restored

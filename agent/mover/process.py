@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import logging
 import os
+import select
+import signal
 import socket
 import struct
 import subprocess
@@ -133,6 +135,16 @@ class Worker:
         """The closed channel tells the worker to clean up; it is killed if it does not in time."""
         raise NotImplementedError
 
+    async def end(self) -> None:
+        """Ends this process alone: a fault server that it started goes on."""
+        pidfd = None
+        with contextlib.suppress(OSError):
+            pidfd = os.pidfd_open(self.pid)
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        self._hang_up()
+        if pidfd is not None:
+            await asyncio.to_thread(_wait_exit, pidfd)
+
 
 class WorkerProcess(Worker):
     """A worker that this agent starts, in a cgroup of its own where the next agent finds it."""
@@ -198,6 +210,26 @@ class AttachedWorker(Worker):
     async def close(self) -> None:
         self._hang_up()
         await asyncio.to_thread(end_leftover, self._cgroup, _END_TIMEOUT_S)
+
+
+def end_workers(cgroup: Cgroup, spare: set[int]) -> None:
+    """Kills what an earlier agent left of a worker, but not the processes `spare`: they go on."""
+    for pid in cgroup.pids():
+        if pid not in spare:
+            with contextlib.suppress(OSError):
+                pidfd = os.pidfd_open(pid)
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                _wait_exit(pidfd)
+
+
+def _wait_exit(pidfd: int) -> None:
+    try:
+        poller = select.poll()
+        poller.register(pidfd, select.POLLIN)
+        poller.poll(_END_TIMEOUT_S * 1000)
+    finally:
+        os.close(pidfd)
 
 
 def workers_folder(root: Path) -> Path:

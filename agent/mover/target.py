@@ -9,7 +9,6 @@ Until the verdict nothing that was restored has run a single instruction of its 
 from __future__ import annotations
 
 import queue
-import shutil
 import threading
 import time
 from functools import partial
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from whimbrel.agent.capsule.capsule import LOG_NAME, Capsule
-from whimbrel.agent.criu.images import compose_pages, lazy_part
+from whimbrel.agent.criu.images import compose_pages
 from whimbrel.agent.criu.rpc import CriuWorker
 from whimbrel.agent.memory.fault_process import FaultProcess
 from whimbrel.agent.memory.pageset import PageSet
@@ -34,6 +33,13 @@ from whimbrel.agent.mover.channel import (
     TargetOpened,
     Verdict,
 )
+from whimbrel.agent.mover.restoring import (
+    HandoverIncomplete,
+    clear_away,
+    keep_final,
+    prove_complete,
+    restore,
+)
 from whimbrel.agent.stream.identity import Identity
 from whimbrel.agent.stream.receiver import StreamReceiver
 
@@ -42,13 +48,8 @@ if TYPE_CHECKING:
 
     from whimbrel.agent.mover.lasting_channel import LastingChannel
 
-_RESTORE_TIMEOUT_S: Final = 60.0
 # An agent that dies is waited for: only its successor can say what the register says.
 _VERDICT_TIMEOUT_S: Final = 24 * 3600.0
-
-
-class HandoverIncomplete(Exception):
-    """What arrived is not all of what the source had; nothing may run here."""
 
 
 class TargetMover:
@@ -66,8 +67,9 @@ class TargetMover:
             self._store,
             bind=order.bind,
         )
-        self._faults = FaultProcess(self._capsule, self._store.directory)
+        self._faults = FaultProcess(self._capsule, self._store.directory, on_death=self._on_server_death)
         self._criu: CriuWorker | None = None
+        self._restorer: CriuWorker | None = None
         self._stop = threading.Event()
         self._verdict: queue.Queue[bool] = queue.Queue(maxsize=8)
         self._received: dict[str, bytes] = {}
@@ -134,6 +136,8 @@ class TargetMover:
             (self._capsule.files / LOG_NAME).write_bytes(content)
         else:
             self._received[name] = bytes(content)
+            if name == handover.FINAL:
+                keep_final(self._capsule.folder, self._received[name])
 
     def _on_message(self, message: bytes) -> None:
         if message == handover.COMPLETE and not self._restoring:
@@ -151,7 +155,7 @@ class TargetMover:
         for space, pages in expected.items():
             compose_pages(images, space, pages, self._store, lazy=final.lazy)
         assert self._criu is not None
-        criu, self._criu = self._criu, None
+        self._restorer, self._criu = self._criu, None
         resumed_at: list[float] = []
         verified: int | None = None
 
@@ -171,32 +175,23 @@ class TargetMover:
             resumed_at.append(time.monotonic())
             return go
 
-        try:
-            # CRIU first: what follows here goes on beside it.
-            criu.begin_restore(images=images, lazy=final.lazy)
-            pause.at("restoring")
+        def check(expected: dict[int, PageSet]) -> None:
+            nonlocal verified
             verified = self._prove(expected, verify=final.verify)
-            owed = {
-                space: lazy_part(images, space, pages).intersection(self._store.data_pages(space))
-                for space, pages in expected.items()
-            }
-            if final.lazy:
-                # Faults are served before the processes run: the kernel touches some pages for a restore.
-                self._store.sync()
-                hot = {space: PageSet.unpack(pages) for space, pages in final.hot.items()}
-                self._faults.serve(owed, hot)
-            criu.finish_restore(images, _RESTORE_TIMEOUT_S, judge)
-        finally:
-            criu.close()
+
+        restore(self._capsule, self._store, self._faults, self._restorer, final, check=check, judge=judge)
         self._channel.send(Resumed(resume_ms=(time.monotonic() - resumed_at[0]) * 1e3))
-        self._capsule.call("adopt", pid=final.root_pid)
         self._capsule.call("last_pid", set=final.last_pid)
         filled = self._faults.wait_filled() if final.lazy else Filled(fill_ms=0.0, faults=0, fault_p99_us=0.0)
         self._stop.set()
-        self._store.destroy()
-        shutil.rmtree(images, ignore_errors=True)
-        images.mkdir(exist_ok=True)
+        self._store.close()
+        clear_away(self._capsule, self._store.directory)
         self._channel.send(filled)
+
+    def _on_server_death(self, replaced: bool) -> None:
+        """Before the push CRIU would wait for ever for pages that nobody brings."""
+        if not replaced and self._restorer is not None:
+            self._restorer.kill()
 
     def _place_log(self) -> None:
         size = int(self._received.get(handover.LOG_SIZE, b"0"))
@@ -210,16 +205,12 @@ class TargetMover:
     def _prove(self, expected: dict[int, PageSet], *, verify: bool) -> int | None:
         """Received = expected, and with --verify every page's hash too. Raises HandoverIncomplete."""
         verified = 0
+        prove_complete(self._store, expected)
+        if not verify:
+            return None
         for space, pages in expected.items():
-            missing = self._store.missing(space, pages)
-            if missing:
-                raise HandoverIncomplete(
-                    f"process {space}: expected {len(pages)} pages, {len(missing)} of them never came, "
-                    f"first {next(missing.runs())[0]:#x}"
-                )
-            if verify:
-                verified += self._compare_digests(space, pages)
-        return verified if verify else None
+            verified += self._compare_digests(space, pages)
+        return verified
 
     def _compare_digests(self, space: int, expected: PageSet) -> int:
         theirs = self._received[f"{handover.DIGESTS}{space}"]
