@@ -188,7 +188,9 @@ def on_aborting(state: Aborting, event: CoreEvent, now: float) -> Outcome:
 
     if state.decided and not asked(state, now):
         remedy = "; ".join((state.remedy, *state.notes))
-        return ending.aborted(move, state.step, state.reason, remedy, now, state.exit_code)
+        return ending.aborted(
+            move, state.step, state.reason, remedy, now, state.exit_code, settled=not state.given_up
+        )
     return state, commands
 
 
@@ -203,7 +205,7 @@ def _refused(state: Aborting, host: str, refused: Refused) -> Aborting:
     }
     for part, awaited in ids.items():
         if refused.command == awaited and not getattr(state, part):
-            return replace(state, notes=(*state.notes, note), **{part: True})
+            return replace(state, notes=(*state.notes, note), given_up=True, **{part: True})
     return state
 
 
@@ -230,7 +232,12 @@ def _given_up(state: Aborting) -> Aborting:
         if waits
     ]
     return msgspec.structs.replace(
-        state, source_done=True, target_done=True, traffic_done=True, notes=(*state.notes, *late)
+        state,
+        source_done=True,
+        target_done=True,
+        traffic_done=True,
+        given_up=True,
+        notes=(*state.notes, *late),
     )
 
 

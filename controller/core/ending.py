@@ -28,13 +28,21 @@ def rejected(move: Move, problems: tuple[str, ...], now: float, exit_code: int |
 
 
 def aborted(
-    move: Move, step: str, reason: str, remedy: str, now: float, exit_code: int | None = None
+    move: Move,
+    step: str,
+    reason: str,
+    remedy: str,
+    now: float,
+    exit_code: int | None = None,
+    *,
+    settled: bool = True,
 ) -> Outcome:
     state = Aborted(
         move=move,
         step=step,
         reason=reason,
         remedy=remedy,
+        settled=settled,
         exit_code=exit_code,
         retry_at=now + RECORD_AGAIN_S,
     )

@@ -171,6 +171,8 @@ class Aborting(State, frozen=True, kw_only=True):
     traffic_done: bool = False
     exit_code: int | None = None
     """The workload ended at the source, by itself."""
+    given_up: bool = False
+    """Somebody has not confirmed that it has undone its part."""
     notes: tuple[str, ...] = ()
     attempt: int = 1
     retry_at: float
@@ -191,6 +193,8 @@ class Aborted(Ended, frozen=True, kw_only=True):
     step: str
     reason: str
     remedy: str
+    settled: bool = False
+    """As in Completed."""
     exit_code: int | None = None
 
 
@@ -221,8 +225,8 @@ def is_finished(state: AnyState) -> bool:
 
 
 def may_forget_register(state: AnyState) -> bool:
-    """Aborted may be forgotten: whoever comes later writes it again."""
-    return not isinstance(state, Completed) or state.settled
+    """Not while a side may still come back and look: it would find that nobody has decided."""
+    return isinstance(state, Rejected) or (isinstance(state, Aborted | Completed) and state.settled)
 
 
 class Impossible(AssertionError):

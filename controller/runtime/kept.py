@@ -93,8 +93,8 @@ class MigrationStore:
     async def prune(self, keep: int = FINISHED_KEPT_MAX) -> int:
         """Forgets the oldest finished migrations beyond `keep`, and their registers; returns how many.
 
-        A register that says Committed stays if either side may still come back and look: without it, an agent
-        that has been away would take its frozen copy for one that nobody has decided about.
+        A register stays if either side may still come back and look: without it, an agent that has been away
+        would take its frozen copy for one that nobody has decided about.
         """
         finished = sorted(
             (kept.state.move.requested_at, migration, revision, may_forget_register(kept.state))
