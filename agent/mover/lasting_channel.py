@@ -37,6 +37,7 @@ class LastingChannel:
         self._socket.setblocking(True)
         self._lock = threading.Lock()
         self._listener: socket.socket | None = None
+        self._path: Path | None = None
         self._kept: list[AnyMessage] = []
         """Everything since Restored, for an agent that comes later."""
         self._over = False
@@ -49,6 +50,7 @@ class LastingChannel:
         path.unlink(missing_ok=True)
         self._listener.bind(str(path))
         self._listener.listen(1)
+        self._path = path
 
     def send(self, message: AnyMessage) -> None:
         """Raises OSError where the agent is gone and nothing that outlives it has been said yet."""
@@ -77,6 +79,8 @@ class LastingChannel:
             with self._lock:
                 if not self._kept or self._over or self._listener is None:
                     self._ended = True
+                    if self._path is not None:
+                        self._path.unlink(missing_ok=True)
                     return None
             connection, _ = self._listener.accept()
             with self._lock, contextlib.suppress(OSError):
