@@ -122,7 +122,7 @@ class Bench:
     async def _ours(self, workload: Moved) -> None:
         self._say(f"ours, {workload.memory_mib} MiB")
         move = await workload.move(self._options.budget_ms)
-        self.raw.moves.append(move)
+        self.raw.moves.append(move | {"load": os.getloadavg()[0]})
         report = move["report"]
         phases = " ".join(f"{name} {move['phases_ms'][name]:.0f}" for name in PHASES)
         self._result(
@@ -135,7 +135,8 @@ class Bench:
     async def _floor(self, place: plain_criu.Place) -> None:
         self._say("floor: criu dump + restore, 16 MiB, no link")
         for _ in range(FLOORS_PER_RUN):
-            self.raw.floor.append(await asyncio.to_thread(plain_criu.floor, place))
+            run = await asyncio.to_thread(plain_criu.floor, place)
+            self.raw.floor.append(run | {"load": os.getloadavg()[0]})
         self._result(" · ".join(f"{run['gap_ms']:.0f} ms" for run in self.raw.floor[-FLOORS_PER_RUN:]))
 
     async def _baseline(
@@ -147,7 +148,7 @@ class Bench:
     ) -> None:
         self._say(f"{name}, {BASELINE_MIB} MiB")
         result = await asyncio.to_thread(way, place, BASELINE_MIB)
-        into.append(result)
+        into.append(result | {"load": os.getloadavg()[0]})
         parts = " ".join(
             f"{key.removesuffix('_ms')} {value:.0f}"
             for key, value in result.items()
@@ -265,6 +266,11 @@ async def measure(options: Options, console: Console) -> bool:
     bench = Bench(options, console)
     facts = machine.facts()
     check_memory(options)
+    if facts["load_before"] > facts["cores"]:
+        console.print(
+            f"[yellow]this machine is busy (load {facts['load_before']:.1f} on {facts['cores']} cores): "
+            "short times are the longer for it, also in the ratios; repeat when it is quiet[/]"
+        )
     console.print(
         f"[dim]{facts['cpu']}, {facts['cores']} cores, kernel {facts['kernel']}[/]", highlight=False
     )

@@ -145,6 +145,7 @@ def medians(raw: Raw) -> dict[str, Any]:
     sizes = sorted({int(move["memory_mib"]) for move in raw.moves})
     return {
         "ours_gap_ms": {str(size): raw.middle(size, lambda move: move["gap_ms"]) for size in sizes},
+        "ours_gap_ms_best": {str(size): min(move["gap_ms"] for move in raw.of(size)) for size in sizes},
         "ours_downtime_ms": {
             str(size): raw.middle(size, lambda move: move["report"]["downtime_ms"]) for size in sizes
         },
@@ -162,6 +163,7 @@ def medians(raw: Raw) -> dict[str, Any]:
             str(size): raw.middle(size, lambda move: move["throughput"]["kept"]) for size in sizes
         },
         "floor_ms": _median([run["gap_ms"] for run in raw.floor]),
+        "floor_ms_best": min((run["gap_ms"] for run in raw.floor), default=None),
         "stop_and_copy_gap_ms": _median([run["gap_ms"] for run in raw.stop_and_copy]),
         "criu_lazy_gap_ms": _median([run["gap_ms"] for run in raw.criu_lazy]),
         "criu_lazy_fill_ms": _median([run["fill_ms"] for run in raw.criu_lazy]),
