@@ -1,8 +1,8 @@
-"""The two agents and their workers, written as agent/source_side.py, target_side.py, recovery.py and mover/ are:
-the same steps, with a pause (where they may die) wherever the real ones wait.
+"""The two agents and their workers, written as agent/source_side.py, target_side.py, recovery.py and mover/
+are: the same steps, with a pause (where they may die) wherever the real ones wait.
 
-Every decision is taken by the real agent/core/rules.py. What a host keeps when its agent dies is in Capsule and
-Worker.
+Every decision is taken by the real agent/core/rules.py. What a host keeps when its agent dies is in Capsule
+and Worker.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ active at once, because a lease says who should act and the revisions of the sta
 from __future__ import annotations
 
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -168,7 +169,7 @@ class Controller(Party):
                     kernel.spawn(self.life, self._write_register(command.decision))
                 case effects.UpdateWorkload(id=id_):
                     done = stimuli.WorkloadRecorded(update=id_)
-                    kernel.call(kernel.delay(), lambda done=done: self.feed(done), self.life)
+                    kernel.call(kernel.delay(), partial(self.feed, done), self.life)
                 case effects.Finish():
                     yield from self._finish()
 
@@ -192,7 +193,7 @@ class Controller(Party):
                 self.feed(stimuli.Replied(host=send.host, reply=reply))
                 return
             if first and kernel.p_twice and kernel.rnd() < kernel.p_twice:
-                kernel.call(20.0 * kernel.rnd(), lambda: self.world.deliver(send.host, command) and None)
+                kernel.call(20.0 * kernel.rnd(), partial(self.world.deliver, send.host, command))
             first = False
             yield 1.0
 

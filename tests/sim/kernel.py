@@ -1,7 +1,7 @@
 """A clock, a heap and a network that misbehaves: everything random comes from one seed.
 
-Processes are generators that yield how long they wait, or a Mailbox to wait for its next message. Each belongs
-to a Life, which a crash ends: whatever of it waits is dropped, what it has sent is still under way.
+Processes are generators that yield how long they wait, or a Mailbox to wait for its next message. Each
+belongs to a Life, which a crash ends: whatever of it waits is dropped, what it has sent is still under way.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-Process = "Generator[float | Mailbox, Any, Any]"
 
 START_AT = 1_000_000.0
 STEPS_MAX = 20_000
@@ -103,7 +101,7 @@ class Kernel:
         self._count += 1
         heapq.heappush(self._heap, (self.now + after_s, self._count, life, what, value))
 
-    def call(self, after_s: float, what: Callable[[], None], life: Life | None = None) -> None:
+    def call(self, after_s: float, what: Callable[[], object], life: Life | None = None) -> None:
         """`what` happens even if its sender has died, unless `life` is given."""
         self.push(after_s, life, None, what)
 
@@ -173,7 +171,7 @@ class Cell:
         return found
 
     def put(self, party: Party, expected: int, value: Any) -> Any:
-        """The new revision, or 0 where another one was there. Raises BusDown (it may be done all the same)."""
+        """The new revision, or 0 where another one was there. Raises BusDown (it may still be done)."""
         kernel = self._kernel
         yield from self._reach(party)
         answer: list[int] = []

@@ -1,4 +1,4 @@
-"""`python -m tests.sim.replay SEED [MUTANT]`: tells the story of one schedule, and whether it kept the promise."""
+"""`python -m tests.sim.replay SEED [MUTANT]`: the story of one schedule, and whether it kept the promise."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """One schedule: a migration, a seed, faults at random steps, and the promise checked at every change.
 
-At every moment at most one copy runs; a source that has promised runs again only after ABORTED is stored, a
-target only after COMMITTED; whatever runs has every acknowledged write. When the faults are over and everybody
-is back, exactly one copy is left, on the side that the register names, and nothing else of the migration.
+At every moment at most one copy runs; a source that has frozen runs again only after ABORTED is stored, and
+a target only after COMMITTED; whatever runs has every acknowledged write. When the faults are over and
+everybody is back, exactly one copy is left, on the side that the register names, and nothing else.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class World:
         self.kernel.call(away_s, agent.boot)
         if away_s > 15.0:
             silent = stimuli.HostSilent(host=agent.name, silent_s=15.0)
-            self.kernel.call(15.0, lambda: [each.feed(silent) for each in self.controllers])
+            self.kernel.call(15.0, lambda: self._tell_all(silent))
 
     def _crash_source(self) -> None:
         self._crash(self.source)
@@ -186,8 +186,11 @@ class World:
 
     def _ask_abort(self) -> None:
         self.kernel.tell("an operator asks for an abort")
+        self._tell_all(stimuli.AbortAsked(by="operator"))
+
+    def _tell_all(self, stimulus: stimuli.CoreEvent) -> None:
         for controller in self.controllers:
-            controller.feed(stimuli.AbortAsked(by="operator"))
+            controller.feed(stimulus)
 
     def forget_register(self) -> None:
         if self.register.value is not None:
@@ -216,14 +219,13 @@ class World:
                     self._must(self.register.value is Decision.COMMITTED, "traffic flipped before the commit")
                     self.say(self.gate, facts.TrafficReleased)
                 case commands.RollBackTraffic():
-                    self._must(
-                        self.register.value is Decision.ABORTED, "traffic rolled back before the abort"
-                    )
+                    self._must(self.register.value is Decision.ABORTED, "traffic rolled back too early")
                     self.say(self.gate, facts.TrafficRolledBack)
         return answered
 
     def say(self, party: Party, kind: type[Any]) -> None:
-        self._publish_soon(party, _event(kind, party.name))
+        event: facts.AnyEvent = _event(kind, party.name)  # type: ignore[arg-type]
+        self._publish_soon(party, event)
 
     def say_round(self, party: Party, number: int) -> None:
         self._publish_soon(party, _round(number))
