@@ -144,8 +144,7 @@ async def _reach(scene: Scene, move: Move, case: Case, fault: _FaultMade) -> Non
         return
     point = Phase.AFTER_COMMIT if phase is Phase.FLIPPING else phase
     reaching = asyncio.create_task(scene.hold.until_reached(point, REACHED_WITHIN_S))
-    while not reaching.done() and not move.ended:
-        await asyncio.sleep(0.005)
+    await asyncio.wait([reaching, move.ending], return_when=asyncio.FIRST_COMPLETED)
     if not reaching.done() or not await reaching:
         reaching.cancel()
         raise NotReached(f"{phase} was never reached: {move.outcome} {move.failure}")

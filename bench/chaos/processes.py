@@ -1,4 +1,4 @@
-"""Who is who among a cluster's processes, by what they run and where; and how many copies of a workload live."""
+"""Who is who among a cluster's processes, by what they run and where; and how many copies there are."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _MODULES = {
     Victim.SOURCE_WORKER: "whimbrel.agent.mover.source_worker",
     Victim.TARGET_WORKER: "whimbrel.agent.mover.target_worker",
-    Victim.FAULT_SERVER: "whimbrel.agent.memory.fault_process",
+    Victim.FAULT_SERVER: "whimbrel.agent.memory.serving",
     Victim.DISCARDED_KEEPER: "whimbrel.agent.capsule.keeper",
 }
 
@@ -42,9 +42,9 @@ def find(cluster: Cluster, host: str, role: Victim) -> int | None:
         outside = {pid for pid in pids if "nsenter" in (c := command_of(pid)).split(" ")[0] and "swrk" in c}
         return next((pid for pid in pids if parent_of(pid) in outside and "swrk" in command_of(pid)), None)
     module = _MODULES[role]
-    return next(
-        (pid for pid in pids if module in (c := command_of(pid)) and not c.startswith("unshare")), None
-    )
+    named = {pid for pid in pids if module in (c := command_of(pid)) and not c.startswith("unshare")}
+    # Some fork helpers, which have their name too.
+    return next((pid for pid in named if parent_of(pid) not in named), None)
 
 
 def _agent_cgroup(cluster: Cluster, host: str) -> Path:

@@ -54,7 +54,7 @@ class Move:
         self.sampled = asyncio.Event()
         self._news = asyncio.Event()
         self._options = {"deadline_s": DEADLINE_S, "on_missed_budget": OnMissedBudget.FORCE, **options}
-        self._task = asyncio.create_task(self._run())
+        self._task = self.ending = asyncio.create_task(self._run())
 
     async def _run(self) -> MigrationReport | None:
         try:
