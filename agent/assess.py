@@ -106,8 +106,11 @@ def _open_files(pid: int, files: dict[str, FileFact]) -> Iterable[str]:
         elif stat.S_ISREG(status.st_mode) and path.startswith("/") and not path.startswith("/memfd:"):
             if path.endswith(" (deleted)") or path.startswith(_NOT_CARRIED):
                 continue
-            with open(f"/proc/{pid}/fdinfo/{fd}") as info:
-                flags = next(int(line.split()[1], 8) for line in info if line.startswith("flags:"))
+            try:
+                with open(f"/proc/{pid}/fdinfo/{fd}") as info:
+                    flags = next(int(line.split()[1], 8) for line in info if line.startswith("flags:"))
+            except FileNotFoundError:
+                continue  # closed since; the others are still to be looked at
             _add_file(files, pid, path, executable=False, writable=flags & os.O_ACCMODE != os.O_RDONLY)
         elif (
             stat.S_ISCHR(status.st_mode)
@@ -194,12 +197,17 @@ def _file_problem(fact: FileFact) -> str | None:
 
 
 def _port_problem(port: int) -> str | None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    for family, address in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):
         try:
-            probe.bind(("0.0.0.0", port))
-            probe.listen(1)
+            with socket.socket(family) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind((address, port))
+                probe.listen(1)
         except OSError as error:
+            if family == socket.AF_INET6 and error.errno != errno.EADDRINUSE:
+                continue  # a host without IPv6
             return (
                 f"expected TCP port {port} free on this host, found it in use ({error.strerror}); "
                 f"see who: ss -ltnp 'sport = :{port}'"
