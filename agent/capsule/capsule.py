@@ -259,6 +259,8 @@ class Capsule:
         inner = [int(path.name) for path in Path(f"/proc/{self.keeper_pid()}/root/proc").glob("[0-9]*")]
         self.call("uncover", paths=[f"/proc/{pid}/{name}" for pid in inner for name in ("pagemap", "smaps")])
         self.cgroup.thaw()
+        for image in self.images.iterdir():  # of a checkpoint that is worth nothing any more
+            image.unlink(missing_ok=True)
         self.clear_role()
 
     # --- the end --------------------------------------------------------------------------------------
