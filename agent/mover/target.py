@@ -8,6 +8,7 @@ Until the verdict nothing that was restored has run a single instruction of its 
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -96,13 +97,17 @@ class TargetMover:
                 self._verdict.put_nowait(False)
             except queue.Full:
                 break
-        if self._criu is not None:
-            self._criu.close()
-        self._faults.stop()
+        with contextlib.ExitStack() as ending:  # whatever of it cannot be ended, the store goes
+            ending.callback(self._store.destroy)
+            ending.callback(self._join)
+            ending.callback(self._faults.stop)
+            if self._criu is not None:
+                ending.callback(self._criu.close)
+
+    def _join(self) -> None:
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(10)
-        self._store.destroy()
 
     # --- threads --------------------------------------------------------------------------------------
 

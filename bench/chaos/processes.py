@@ -40,7 +40,7 @@ def find(cluster: Cluster, host: str, role: Victim) -> int | None:
     if role in (Victim.CRIU_DUMP, Victim.CRIU_RESTORE):
         # nsenter waits outside for the CRIU that it started inside; what CRIU restores has CRIU's name too.
         outside = {pid for pid in pids if "nsenter" in (c := command_of(pid)).split(" ")[0] and "swrk" in c}
-        return next((pid for pid in pids if parent_of(pid) in outside and "swrk" in command_of(pid)), None)
+        return next((pid for pid in pids if parent_of(pid) in outside and "criu" in command_of(pid)), None)
     module = _MODULES[role]
     named = {pid for pid in pids if module in (c := command_of(pid)) and not c.startswith("unshare")}
     # Some fork helpers, which have their name too.
