@@ -4,10 +4,11 @@ CRIU reads smaps for one line of each mapping, VmFlags, but to print the others 
 44 ns each, 46 ms at 4 GiB, all of it downtime. So the flags are read from the real file while the workload
 still runs, and in the frozen section CRIU is shown the present mappings (from /proc/PID/maps, which walks
 nothing) with those flags. Mappings merge only when their flags are equal, so one that has merely grown keeps
-the flags of what it grew from. Where any mapping is unknown, or locking has changed since, there is no
-stand-in, and CRIU reads the real file.
+the flags of what it grew from. Where any mapping is unknown, or memory is locked, there is no stand-in, and
+CRIU reads the real file.
 
-Not seen: madvise(2) hints given to an existing whole mapping in the few seconds since the flags were read.
+Not seen, if it happened in the few seconds since the flags were read: madvise(2) hints given to an existing
+mapping, and a mapping that took the very place of another, alike but for its flags.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class SmapsMemory:
 
     def stand_in(self, pid: int) -> bytes | None:
         """Contents for CRIU to read instead of smaps; None where the real file must be read."""
-        if _locked_kib(pid) != self._locked_kib:
+        # The same sum may be locked elsewhere by now: a lock changes a flag and nothing else.
+        if self._locked_kib or _locked_kib(pid):
             return None
         out: list[str] = []
         with open(f"/proc/{pid}/maps") as lines:

@@ -130,7 +130,9 @@ def again() -> None:
 
 
 def serve() -> None:
-    while data := connection.recv(MESSAGE_BYTES_MAX):
+    buffer = bytearray(MESSAGE_BYTES_MAX)  # kept, or the memory map would change with every order
+    while size := connection.recv_into(buffer):
+        data = bytes(buffer[:size])
         scope = globals()
         scope["answer"] = None
         try:
