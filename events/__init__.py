@@ -1,11 +1,15 @@
 """The SDK: everything a program needs to read Whimbrel's events, send commands and react.
 
+    async for event in subscribe("migration.*", durable="billing"):
+        match event:
+            case MigrationCompleted(report=report):
+                print(report.workload, report.downtime_ms)
+
+`subscribe` is all that most programs need; `Bus` does the rest:
+
     async with await Bus.connect("nats://127.0.0.1:4222", "my-program") as bus:
-        async with bus.subscribe("migration.>") as events:
-            async for event in events:
-                match event:
-                    case MigrationCompleted(report=report):
-                        print(report.workload, report.downtime_ms)
+        move = Migrate(id=new_id(), expires_at=time.time() + 10, workload="cache", target="b")
+        answer = await bus.request(move, timeout_s=10)
 
 The structs come at once; what needs a NATS client is imported when it is first used, so that code which only
 knows the contract stays light.
@@ -123,8 +127,9 @@ if TYPE_CHECKING:
     from whimbrel.events.bus import Bus
     from whimbrel.events.kv import Entry, Table
     from whimbrel.events.lease import Lease
+    from whimbrel.events.sdk import Subscriber, subscribe
     from whimbrel.events.server import EmbeddedServer, ServerError
-    from whimbrel.events.subscription import Delivery, LiveSubscription, Subscription
+    from whimbrel.events.subscription import Delivery, LiveSubscription, Start, Subscription
 
 _WITH_NATS = {
     "Bus": "bus",
@@ -135,7 +140,10 @@ _WITH_NATS = {
     "ServerError": "server",
     "Delivery": "subscription",
     "LiveSubscription": "subscription",
+    "Start": "subscription",
+    "Subscriber": "sdk",
     "Subscription": "subscription",
+    "subscribe": "sdk",
 }
 
 __all__ = [
@@ -205,6 +213,7 @@ __all__ = [
     "SourceReady",
     "SourceReleased",
     "SourceThawed",
+    "Start",
     "StartRound",
     "StartWorkload",
     "StepFailed",
@@ -212,6 +221,7 @@ __all__ = [
     "StopWorkload",
     "StoreRefused",
     "Strategy",
+    "Subscriber",
     "Subscription",
     "Table",
     "Taken",
@@ -235,6 +245,7 @@ __all__ = [
     "WorkloadState",
     "WrongRevision",
     "new_id",
+    "subscribe",
     "time_of",
 ]
 

@@ -27,9 +27,9 @@ from whimbrel.events.errors import (
 from whimbrel.events.kv import Entry, Table
 from whimbrel.events.lease import Lease, LeaseRecord
 from whimbrel.events.outbox import Outbox
-from whimbrel.events.pull import Pull
+from whimbrel.events.pull import ACK_WAIT_S, BATCH, Pull
 from whimbrel.events.records import HostRecord, Register, WorkloadRecord
-from whimbrel.events.subscription import Delivery, LiveSubscription, Subscription
+from whimbrel.events.subscription import Delivery, LiveSubscription, Start, Subscription
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -187,32 +187,58 @@ class Bus:
 
     @overload
     def subscribe(
-        self, pattern: str = ">", *, host: str = "*", durable: None = None, since: float | None = None
+        self,
+        pattern: str = ">",
+        *,
+        host: str = "*",
+        durable: None = None,
+        since: float | Start | None = None,
+        prefetch: int = BATCH,
+        ack_wait_s: float = ACK_WAIT_S,
     ) -> Subscription[AnyEvent]: ...
     @overload
     def subscribe(
-        self, pattern: str = ">", *, host: str = "*", durable: str, since: float | None = None
+        self,
+        pattern: str = ">",
+        *,
+        host: str = "*",
+        durable: str,
+        since: float | Start | None = None,
+        prefetch: int = BATCH,
+        ack_wait_s: float = ACK_WAIT_S,
     ) -> Subscription[Delivery]: ...
     def subscribe(
-        self, pattern: str = ">", *, host: str = "*", durable: str | None = None, since: float | None = None
+        self,
+        pattern: str = ">",
+        *,
+        host: str = "*",
+        durable: str | None = None,
+        since: float | Start | None = None,
+        prefetch: int = BATCH,
+        ack_wait_s: float = ACK_WAIT_S,
     ) -> Subscription[Any]:
         """Stored events whose type matches `pattern` (`migration.*`, `>`), each once and in order, through
         any outage. From Unix time `since` (s), else from now on.
 
         With `durable`, a name under which the server remembers what was acknowledged: yields Delivery, at
-        least once, from the beginning of the stream (or `since`) the first time.
+        least once, from the beginning of the stream (or `since`) the first time. What was delivered and is
+        not acknowledged comes again after `ack_wait_s`, which is set the first time too.
 
-        An async context manager and iterator; ends when the bus is closed.
+        At most `prefetch` events wait in this process. An async context manager and iterator; ends when the
+        bus is closed.
         """
         if durable is not None:
             _checked("durable", durable)
+        start = since if isinstance(since, Start) else (Start.NOW if durable is None else Start.OLDEST)
         pull = Pull(
             self._connection,
             streams.EVENT_STREAM,
             subjects.events_of_type(pattern, host),
             durable=durable,
-            since=since,
-            deliver="new" if durable is None else "all",
+            since=None if isinstance(since, Start) else since,
+            deliver=start,
+            batch=prefetch,
+            ack_wait_s=ack_wait_s,
         )
         return Subscription(self._connection, pull, durable=durable is not None)
 

@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_BATCH = 256
+BATCH = 256
 _PULL_S = 30.0
 _HEARTBEAT_S = 1.0
 _SILENCE_S_MAX = 2.5 * _HEARTBEAT_S
 _API_TIMEOUT_S = 5.0
 _UNUSED_S_MAX = 60
-_ACK_WAIT_S = 30
+ACK_WAIT_S = 30.0
 _ACK_PENDING_MAX = 1000
 _NO_SUCH_CONSUMER = 10014
 _NO_SUCH_STREAM = 10059
@@ -104,13 +104,19 @@ class Pull:
         durable: str | None = None,
         since: float | None = None,
         deliver: str = "new",
+        batch: int = BATCH,
+        ack_wait_s: float = ACK_WAIT_S,
     ) -> None:
+        """`batch`: messages asked for at once, held here until next() takes them. `ack_wait_s`: how long
+        a durable consumer, when it is made, waits for an acknowledgement before it delivers again."""
         self._connection = connection
         self._stream = stream
         self._filter = filter_subject
         self._durable = durable
         self._since = since
         self._deliver = deliver
+        self._batch = batch
+        self._ack_wait_s = ack_wait_s
         self._queue: asyncio.Queue[Msg | None] = asyncio.Queue()
         self._subscription: Subscription | None = None
         self._forget: Callable[[], None] = lambda: None
@@ -150,12 +156,23 @@ class Pull:
         if self._subscription is not None:
             await self._connection.unlisten(self._subscription)
             self._subscription = None
+        await self._give_back()
         if self._durable is None and self._consumer and self._connection.connected:
             # Courtesy only: an unused consumer ends by itself.
             try:
                 await self._connection.send(f"$JS.API.CONSUMER.DELETE.{self._stream}.{self._consumer}", b"")
             except BusError as error:
                 log.debug("consumer %s: %s", self._consumer, error)
+
+    async def _give_back(self) -> None:
+        """What nobody took comes to the next reader at once, not only after `ack_wait_s`."""
+        while self._durable is not None and self._connection.connected and not self._queue.empty():
+            message = self._queue.get_nowait()
+            if message is not None and message.reply.startswith("$JS.ACK."):
+                try:
+                    await self._connection.send(message.reply, b"-NAK")
+                except BusError as error:
+                    log.debug("giving back: %s", error)
 
     async def next(self) -> Msg:
         """The next stored message; waits as long as it takes, through any outage."""
@@ -226,9 +243,9 @@ class Pull:
 
     async def _pull(self) -> None:
         self._pulls += 1
-        self._wanted = _BATCH
+        self._wanted = self._batch
         request = {
-            "batch": _BATCH,
+            "batch": self._batch,
             "expires": int(_PULL_S * 1e9),
             "idle_heartbeat": int(_HEARTBEAT_S * 1e9),
         }
@@ -273,7 +290,7 @@ class Pull:
             config |= {
                 "durable_name": name,
                 "ack_policy": "explicit",
-                "ack_wait": _ACK_WAIT_S * 1_000_000_000,
+                "ack_wait": int(self._ack_wait_s * 1e9),
                 "max_ack_pending": _ACK_PENDING_MAX,
                 "max_deliver": -1,
             }

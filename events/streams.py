@@ -83,14 +83,14 @@ def configurations(replicas: int, storage: str) -> list[dict[str, Any]]:
     return [events, *buckets]
 
 
-class _ApiError(msgspec.Struct):
+class ApiError(msgspec.Struct):
     code: int
     err_code: int = 0
     description: str = ""
 
 
 class _ApiAnswer(msgspec.Struct):
-    error: _ApiError | None = None
+    error: ApiError | None = None
 
 
 _decoder = msgspec.json.Decoder(_ApiAnswer)
@@ -103,17 +103,18 @@ async def ensure(connection: Connection, *, replicas: int, storage: str, timeout
     """
     async with asyncio.TaskGroup() as group:
         for configuration in configurations(replicas, storage):
-            group.create_task(_ensure_stream(connection, configuration, timeout_s))
+            group.create_task(ensure_stream(connection, configuration, timeout_s))
 
 
-async def _ensure_stream(connection: Connection, configuration: dict[str, Any], timeout_s: float) -> None:
+async def ensure_stream(connection: Connection, configuration: dict[str, Any], timeout_s: float) -> None:
+    """Creates the stream where it is missing. Raises Unreachable, or BusError where the server refuses."""
     name = configuration["name"]
     try:
-        error = await _api(connection, f"STREAM.INFO.{name}", b"", timeout_s)
+        error = await api(connection, f"STREAM.INFO.{name}", b"", timeout_s)
         if error is None:
             return
         if error.err_code == _NO_SUCH_STREAM:
-            error = await _api(
+            error = await api(
                 connection, f"STREAM.CREATE.{name}", msgspec.json.encode(configuration), timeout_s
             )
     except Denied as refusal:
@@ -126,7 +127,8 @@ async def _ensure_stream(connection: Connection, configuration: dict[str, Any], 
         )
 
 
-async def _api(connection: Connection, call: str, payload: bytes, timeout_s: float) -> _ApiError | None:
+async def api(connection: Connection, call: str, payload: bytes, timeout_s: float) -> ApiError | None:
+    """JetStream's refusal of the call, None where it was done."""
     # JetStream answers 503 while it elects a leader, so a missing answer is worth the whole timeout.
     answer = await connection.ask_until_answered(f"$JS.API.{call}", payload, timeout_s=timeout_s)
     return _decoder.decode(answer.data).error

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections import deque
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 from whimbrel.events import codec
@@ -28,6 +29,15 @@ T = TypeVar("T")
 LIVE_QUEUE_MAX = 8192
 
 
+class Start(StrEnum):
+    """Where reading begins, where no time is given."""
+
+    OLDEST = "all"
+    """With the oldest event that is still stored."""
+    NOW = "new"
+    """With the next event that is said."""
+
+
 @dataclass(frozen=True)
 class Delivery:
     """An event read through a durable consumer: comes again until it is acknowledged."""
@@ -44,7 +54,7 @@ class Delivery:
         await self._connection.send(self._message.reply, b"+ACK")
 
     async def working(self) -> None:
-        """Not done yet: another 30 s before it comes again."""
+        """Not done yet: as long again before it comes again."""
         await self._connection.send(self._message.reply, b"+WPI")
 
     async def again(self) -> None:
@@ -63,10 +73,10 @@ class Subscription(Generic[T]):
         self.backlog = 0
         """Events that were stored already when reading started; set by open()."""
 
-    async def open(self) -> None:
+    async def open(self, timeout_s: float = 30.0) -> None:
         """Raises Unreachable, or BusError where the durable name is taken by another filter."""
         if not self._opened:
-            self.backlog = await self._pull.open()
+            self.backlog = await self._pull.open(timeout_s)
             self._opened = True
 
     async def close(self) -> None:
