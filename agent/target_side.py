@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import shutil
 import time
 from typing import TYPE_CHECKING, Any, Final
 
@@ -296,6 +297,9 @@ class TargetSide:
                         self._worker.send(Verdict(go=False))  # or it would wait for another agent
                     await self._worker.close()
                     self._worker = None
+                # The worker's own work, which it may not have come to.
+                store = self._root / "stores" / self.migration
+                await asyncio.to_thread(shutil.rmtree, store, ignore_errors=True)
             if not quiet:
                 self._say(TargetDiscarded(**{**self._envelope(), "cause": cause}))
 

@@ -53,6 +53,7 @@ class _Option(IntEnum):
     MANAGE_CGROUPS_MODE = 34
     FREEZE_CGROUP = 44
     TIMEOUT = 45
+    TCP_SKIP_IN_FLIGHT = 46
     LAZY_PAGES = 48
     TCP_CLOSE = 52
     IMAGES_DIR = 68
@@ -207,7 +208,8 @@ class CriuWorker:
                 continue
             if not fields.get(2):
                 message = fields.get(9, b"")
-                said = message.decode(errors="replace") if isinstance(message, bytes) else ""
+                said = message.decode(errors="replace").strip() if isinstance(message, bytes) else ""
+                said = "" if "RLIMIT_NOFILE" in said else said  # CRIU's first complaint, and harmless
                 raise CriuRefused(f"criu {what} failed{': ' + said if said else ''}; {_log_errors(log)}")
             answer = fields.get(4)
             pid = signed(int(dict(decode(answer)).get(1, 0))) if isinstance(answer, bytes) else None
@@ -233,6 +235,8 @@ def _common_options(images: Path, log: str) -> list[tuple[int, int | bool | str 
         (_Option.LOG_FILE, log),
         (_Option.MANAGE_CGROUPS_MODE, _CG_MODE_IGNORE),
         (_Option.TCP_CLOSE, True),
+        # A client that connects during the freeze is closed as those before it, not a reason to fail.
+        (_Option.TCP_SKIP_IN_FLIGHT, True),
         (_Option.FILE_LOCKS, True),
     ]
 

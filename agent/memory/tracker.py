@@ -289,16 +289,21 @@ class DirtyTracker:
         for number, space in self.spaces.items():
             pages = PageSet()
             for mapping in space.mappings:
-                if mapping.private and not mapping.anonymous:
-                    for start, end in self._scanner.scan(
+                if not mapping.private or mapping.anonymous:
+                    continue
+                try:
+                    runs = self._scanner.scan(
                         space.pagemap_fd,
                         mapping.start,
                         mapping.end,
                         required=Category.NONE,
                         excluded=_NOT_OURS_OF_A_FILE,
                         any_of=_RESIDENT,
-                    ):
-                        pages.add(start, end)
+                    )
+                except ProcessLookupError:
+                    break  # it has ended since the last collect, and the next one will find that
+                for start, end in runs:
+                    pages.add(start, end)
             found[number] = pages
         return found
 

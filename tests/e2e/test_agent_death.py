@@ -10,13 +10,14 @@ import asyncio
 import os
 import signal
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import pytest
 import pytest_asyncio
 from tests.e2e import census
-from tests.e2e.moving import REDIS_ARGV, REDIS_PORT, Mine
+from tests.e2e.moving import REDIS_ARGV, REDIS_PORT, Mine, ask
 
 from whimbrel.controller.demo.cluster import MigrationFailed
 from whimbrel.controller.demo.users import Users
@@ -24,10 +25,12 @@ from whimbrel.events import facts
 from whimbrel.events.records import Decision, WorkloadSpec
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from whimbrel.controller.cli.progress import MigrationProgress
     from whimbrel.controller.demo.cluster import Cluster
+
+    Begin = Callable[..., "Move"]
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(200)]
 
@@ -36,6 +39,8 @@ SLOW_BYTES_PER_S = 8 << 20
 """So that pre-copy is under way for seconds."""
 SETTLED_WITHIN_S = 60.0
 DECIDED_WITHIN_S = 30.0
+WITNESS_PATIENCE_S = 0.25
+WITNESS_PAUSE_S = 0.01
 
 
 @dataclass
@@ -86,6 +91,39 @@ async def scene(cluster: Cluster) -> AsyncIterator[Scene]:
     await cluster.stop("cache")
 
 
+class Witness:
+    """Asks the Redis of both hosts directly, all the time: two that answer would be two live copies."""
+
+    def __init__(self, scene: Scene) -> None:
+        self._scene = scene
+        self._answers: dict[str, list[tuple[float, float]]] = {"a": [], "b": []}
+        """(asked, answered) per host."""
+        self._tasks = [asyncio.create_task(self._watch(host)) for host in self._answers]
+
+    async def _watch(self, host: str) -> None:
+        address = self._scene.cluster.hosts[host].address
+        while True:
+            asked = time.monotonic()
+            with suppress(OSError, EOFError):  # a TimeoutError is an OSError
+                async with asyncio.timeout(WITNESS_PATIENCE_S):
+                    if await ask(address, REDIS_PORT, "PING") == "+PONG":
+                        self._answers[host].append((asked, time.monotonic()))
+            await asyncio.sleep(WITNESS_PAUSE_S)
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def end(self, source: str, target: str) -> None:
+        """At no time may the source have lived after the target did."""
+        await self.stop()
+        first_at_target = min((answered for _, answered in self._answers[target]), default=float("inf"))
+        last_at_source = max((asked for asked, _ in self._answers[source]), default=0.0)
+        assert last_at_source > 0, "the witness never saw anything"
+        assert last_at_source <= first_at_target, "both copies answered"
+
+
 class Move:
     """A migration under way, and what is done to it at chosen events."""
 
@@ -96,6 +134,7 @@ class Move:
         self.at_once: dict[type[facts.Event], tuple[str, signal.Signals]] = {}
         """Signals sent to an agent in the very moment an event is heard."""
         self.sampled = asyncio.Event()
+        self.witness = Witness(scene)
         self._options = options
         self._task: asyncio.Task[bool] | None = None
 
@@ -129,6 +168,17 @@ class Move:
         async with asyncio.timeout(DECIDED_WITHIN_S):
             await self._seen(kind).wait()
 
+    async def close(self) -> None:
+        """After a failure too: nobody watches, nobody stays stopped, nobody stays dead."""
+        await self.witness.stop()
+        if self._task is not None and not self._task.done():
+            self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)  # type: ignore[arg-type]
+        for host in ("a", "b"):
+            if self.scene.cluster.children[f"agent-{host}"].process.poll() is not None:
+                self.scene.cluster.start_agent(host)
+            self.scene.signal_agent(host, signal.SIGCONT)
+
     async def ended(self) -> bool:
         """True when it was completed, False when it was aborted."""
         assert self._task is not None
@@ -154,6 +204,7 @@ async def _settles(scene: Scene, move: Move, dead: str, expected: Decision | Non
         await asyncio.sleep(0.05)
     scene.redis.assert_lives_only_on(lives)
     assert await scene.cluster.host_of("cache") == lives
+    await move.witness.end(source, target)
     await scene.users.mark()
     await asyncio.sleep(0.3)  # the length of a sample, not a wait: users must be served in it
     window = await scene.users.stop()
@@ -167,8 +218,22 @@ async def _settles(scene: Scene, move: Move, dead: str, expected: Decision | Non
     assert (await scene.users.verify()).lost == 0
 
 
-async def test_in_pre_copy_the_source_agent(scene: Scene) -> None:
-    move = Move(scene, max_bytes_per_s=SLOW_BYTES_PER_S)
+@pytest_asyncio.fixture(loop_scope="module")
+async def begin(scene: Scene) -> AsyncIterator[Begin]:
+    """`begin(**options)` prepares a move; what it leaves in a failure is put right."""
+    moves: list[Move] = []
+
+    def make(**options: object) -> Move:
+        moves.append(Move(scene, **options))
+        return moves[-1]
+
+    yield make
+    for move in moves:
+        await move.close()
+
+
+async def test_in_pre_copy_the_source_agent(scene: Scene, begin: Begin) -> None:
+    move = begin(max_bytes_per_s=SLOW_BYTES_PER_S)
     await scene.users.start()
     move.start()
     await move.sampled.wait()
@@ -176,8 +241,8 @@ async def test_in_pre_copy_the_source_agent(scene: Scene) -> None:
     await _settles(scene, move, scene.at, Decision.ABORTED)
 
 
-async def test_in_pre_copy_the_target_agent(scene: Scene) -> None:
-    move = Move(scene, max_bytes_per_s=SLOW_BYTES_PER_S)
+async def test_in_pre_copy_the_target_agent(scene: Scene, begin: Begin) -> None:
+    move = begin(max_bytes_per_s=SLOW_BYTES_PER_S)
     await scene.users.start()
     move.start()
     await move.sampled.wait()
@@ -186,10 +251,10 @@ async def test_in_pre_copy_the_target_agent(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("victim", ["source", "target"])
-async def test_while_frozen(scene: Scene, victim: str) -> None:
+async def test_while_frozen(scene: Scene, begin: Begin, victim: str) -> None:
     """The kill falls somewhere between the freeze and the commit, or just after it."""
     dead = scene.at if victim == "source" else scene.other
-    move = Move(scene)
+    move = begin()
     move.at_once[facts.SourceFrozen] = (dead, signal.SIGKILL)
     await scene.users.start()
     move.start()
@@ -199,9 +264,9 @@ async def test_while_frozen(scene: Scene, victim: str) -> None:
 
 
 @pytest.mark.parametrize("victim", ["source", "target"])
-async def test_between_the_promise_and_the_commit(scene: Scene, victim: str) -> None:
+async def test_between_the_promise_and_the_commit(scene: Scene, begin: Begin, victim: str) -> None:
     """The target's agent is stopped, so that it cannot commit: the register says Prepared when one dies."""
-    move = Move(scene)
+    move = begin()
     move.at_once[facts.SourceFrozen] = (scene.other, signal.SIGSTOP)
     await scene.users.start()
     move.start()
@@ -215,9 +280,9 @@ async def test_between_the_promise_and_the_commit(scene: Scene, victim: str) -> 
     await _settles(scene, move, dead, None)
 
 
-async def test_at_the_commit_the_target_agent(scene: Scene) -> None:
+async def test_at_the_commit_the_target_agent(scene: Scene, begin: Begin) -> None:
     """Committed is stored and its writer dies: what it restored is the only copy that may ever run again."""
-    move = Move(scene)
+    move = begin()
     await scene.users.start()
     move.start()
     await move.until(facts.SourceFrozen)
@@ -226,8 +291,8 @@ async def test_at_the_commit_the_target_agent(scene: Scene) -> None:
     await _settles(scene, move, scene.other, Decision.COMMITTED)
 
 
-async def test_while_pages_are_filled_in_the_target_agent(scene: Scene) -> None:
-    move = Move(scene)
+async def test_while_pages_are_filled_in_the_target_agent(scene: Scene, begin: Begin) -> None:
+    move = begin()
     move.at_once[facts.TargetResumed] = (scene.other, signal.SIGKILL)
     await scene.users.start()
     move.start()
@@ -236,9 +301,9 @@ async def test_while_pages_are_filled_in_the_target_agent(scene: Scene) -> None:
     await _settles(scene, move, scene.other, Decision.COMMITTED)
 
 
-async def test_after_the_commit_the_source_agent(scene: Scene) -> None:
+async def test_after_the_commit_the_source_agent(scene: Scene, begin: Begin) -> None:
     """It is stopped before the commit, so that it dies with its frozen copy not yet released."""
-    move = Move(scene)
+    move = begin()
     move.at_once[facts.CheckpointStreamed] = (scene.at, signal.SIGSTOP)
     await scene.users.start()
     move.start()
