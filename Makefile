@@ -4,14 +4,17 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 BIN := .venv/bin
 ARGS ?=
+N ?= 200
 
-.PHONY: help setup doctor demo test check format bench clean
+.PHONY: help setup doctor demo test check format bench chaos soak clean
 
 help:
 	@echo "make demo    set up, check this machine, move a live Redis a->b and back"
 	@echo "make test    set up, run the tests          (ARGS='tests/core -k name')"
 	@echo "make check   ruff, mypy strict, import-linter"
 	@echo "make bench   measure downtime against CRIU's own ways -> bench/results/downtime.json"
+	@echo "make chaos   the whole fault matrix        (ARGS='--failed', '--phase dumped --victim nats', --list)"
+	@echo "make soak    N=200 consecutive moves -> bench/results/soak.json"
 	@echo "make setup   .venv, Debian packages, CRIU >= 4.2; idempotent"
 	@echo "make format  ruff format and safe fixes"
 
@@ -39,6 +42,12 @@ format: setup
 
 bench: setup
 	@$(BIN)/python -m bench $(ARGS)
+
+chaos: setup
+	@PYTHONPATH=src $(BIN)/python -m bench.chaos $(ARGS)
+
+soak: setup
+	@$(BIN)/python bench/soak.py --moves $(N) $(ARGS)
 
 clean:
 	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist build

@@ -108,3 +108,21 @@ def named(name: str) -> Case:
         if case.name == name:
             return case
     raise ValueError(f"expected a case such as {all_cases()[0].name!r}, found {name!r}")
+
+
+def sample(size: int, seed: int) -> list[Case]:
+    """At random, but every victim and every phase is in it. `size` is at least 20."""
+    rng = random.Random(seed)
+    cases = rng.sample(all_cases(), k=len(all_cases()))
+    picked: list[Case] = []
+    for victim in Victim:
+        phases = {case.phase for case in picked}
+        of_victim = [case for case in cases if case.victim is victim]
+        picked.append(next((case for case in of_victim if case.phase not in phases), of_victim[0]))
+    picked += [
+        next(case for case in cases if case.phase is phase)
+        for phase in Phase
+        if all(case.phase is not phase for case in picked)
+    ]
+    picked += [case for case in cases if case not in picked][: size - len(picked)]
+    return picked

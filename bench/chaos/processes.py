@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import subprocess
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -76,7 +76,8 @@ def leftovers(cluster: Cluster, lives_on: str | None, workload: str) -> list[str
         found += [f"{name}: process {command_of(pid)[:120]}" for pid in _strangers(cluster, name, lives)]
         found += [f"{name}: cgroup {path}" for path in _strange_cgroups(cluster, name, lives, workload)]
         found += [f"{name}: file {path}" for path in _strange_files(cluster.store_dir(name), lives, workload)]
-        tables = os.popen(f"nsenter --net={host.netns_path} nft list tables").read()
+        listed = host.enter(["nft", "list", "tables"])
+        tables = subprocess.run(listed, capture_output=True, text=True, timeout=20, check=True).stdout
         found += [f"{name}: {line}" for line in tables.splitlines()]
     marks = (str(cluster.run_dir), str(cluster.store_dir("a").parent))
     found += [

@@ -120,9 +120,10 @@ class Scene:
         memory_mib: int = 48,
         link_mbit: int = 1000,
         environment: dict[str, str] | None = None,
+        kind: type[Cluster] = Cluster,
     ) -> None:
         self.hold = Hold(folder / "hold")
-        self.cluster = Cluster(
+        self.cluster = kind(
             folder, link_mbit, environment={ENVIRONMENT: str(self.hold.folder), **(environment or {})}
         )
         self.users: Users
