@@ -53,6 +53,7 @@ _SIGNAL_MASK_BYTES: Final = 8
 _NR_CLOSE: Final = 3
 _NR_USERFAULTFD: Final = 323
 _UFFD_USER_MODE_ONLY: Final = 1
+_PF_EXITING: Final = 0x4
 _NR_EPOLL_WAIT: Final = (232, 281)  # epoll_wait, epoll_pwait
 _ERESTARTNOHAND: Final = 514
 _SYSCALL_INSTRUCTION: Final = b"\x0f\x05"
@@ -104,6 +105,7 @@ def open_userfaultfd_in(pid: int) -> int:
     thread.start()
     thread.join()  # bounded: every wait in it is
     if errors:
+        _wait_let_go(pid, thread.native_id)
         raise errors[0]
     return results[0]
 
@@ -117,21 +119,35 @@ def _inject(pid: int) -> int:
             os.close(pidfd)
     except ProcessLookupError:
         raise
-    except OSError as error:
+    except (OSError, InjectionFailed) as error:
         if _is_ending(pid):  # it refuses to be traced or read before it is gone
             raise ProcessLookupError(f"pid {pid} is ending") from error
+        if isinstance(error, InjectionFailed):
+            raise
         raise InjectionFailed(f"pid {pid}: {error}") from error
 
 
 def _is_ending(pid: int) -> bool:
     try:
+        with open(f"/proc/{pid}/stat") as stat:
+            state, *fields = stat.read().rpartition(")")[2].split()
         with open(f"/proc/{pid}/status") as status:
-            # An ending process has let go of its memory, a killed one is about to.
             lines = dict(line.split(":", 1) for line in status)
     except (FileNotFoundError, ProcessLookupError):
         return True
     killed = int(lines["SigPnd"], 16) | int(lines["ShdPnd"], 16)
-    return "VmSize" not in lines or bool(killed & 1 << signal.SIGKILL - 1)
+    return state in "ZX" or bool(int(fields[5]) & _PF_EXITING) or bool(killed & 1 << signal.SIGKILL - 1)
+
+
+def _wait_let_go(pid: int, tracer: int | None) -> None:
+    """An ended thread is ended for Python a moment before the kernel lets go of what it traced."""
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        while time.monotonic() < deadline:
+            with open(f"/proc/{pid}/status") as status:
+                if f"TracerPid:\t{tracer}\n" not in status:
+                    return
+            time.sleep(0.001)
 
 
 def _in_stop(pid: int, pidfd: int, instruction: int, *, seccomp: bool) -> int:
