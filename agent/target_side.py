@@ -273,8 +273,11 @@ class TargetSide:
         if self._ended:
             return False
         _log.warning("migration %s: %s: %s", self.migration, step, reason)
-        if rules.may_discard(await self._register.abort(reason)):
+        stored = await self._register.abort(reason)
+        if rules.may_discard(stored):
             await self._discard(self._order.id, quiet=True)
+        elif not rules.may_take_over(stored, restored=self._restored):
+            self._ended = True  # a command to prepare that came after the end
         else:  # too late to undo anything: what is here is the live copy
             if self._worker is not None:
                 await self._worker.end()

@@ -75,6 +75,11 @@ def may_discard(stored: Decision | None) -> bool:
     return stored is Decision.ABORTED
 
 
+def may_take_over(stored: Decision | None, *, restored: bool) -> bool:
+    """For what a dead worker has restored at a target: it is the live copy, to be finished by another one."""
+    return restored and may_run(stored)
+
+
 def may_release(stored: Decision | None) -> bool:
     """For the frozen copy at a source."""
     return stored is Decision.COMMITTED
