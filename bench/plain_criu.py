@@ -8,6 +8,7 @@ feature cache), all images are on tmpfs, and whatever can be started beforehand 
 from __future__ import annotations
 
 import os
+import select
 import shutil
 import signal
 import socket
@@ -161,6 +162,13 @@ class CriuRun:
         return " | ".join((wrong or lines)[-6:])
 
 
+def await_readable(fd: int, who: str) -> None:
+    """Raises BaselineFailed where nothing comes in time."""
+    readable, _, _ = select.select([fd], [], [], STEP_SECONDS_MAX)
+    if not readable:
+        raise BaselineFailed(f"expected a word of {who} within {STEP_SECONDS_MAX:g} s, heard nothing")
+
+
 @contextmanager
 def scratch(folder: Path, *names: str) -> Iterator[list[Path]]:
     """Empty folders on tmpfs, removed in the end."""
@@ -261,6 +269,7 @@ class _Copy:
     @staticmethod
     def _line(process: subprocess.Popen[str]) -> str:
         assert process.stdout is not None
+        await_readable(process.stdout.fileno(), "an end of the image stream")
         line = process.stdout.readline()
         if not line:
             raise BaselineFailed("an end of the image stream ended early; its words are on stderr")
@@ -331,6 +340,7 @@ def lazy(place: Place, memory_mib: int) -> dict[str, Any]:
             )
         finally:
             os.close(status)
+        await_readable(ready, "criu dump --lazy-pages")
         if not os.read(ready, 1):
             serving.finish()
             raise BaselineFailed("criu dump --lazy-pages ended without serving pages")

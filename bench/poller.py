@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import selectors
 import socket
 import subprocess
@@ -30,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PING = b"ping\n"
 LONGEST_KEPT = 5
 INTERVAL_MS = 5.0
+ANSWER_SECONDS_MAX = 30.0
 
 
 @dataclass
@@ -189,9 +191,10 @@ class Poller:
         assert self._process.stdout is not None
         self._process.stdin.write("mark\n")
         self._process.stdin.flush()
-        line = self._process.stdout.readline()
+        readable, _, _ = select.select([self._process.stdout], [], [], ANSWER_SECONDS_MAX)
+        line = self._process.stdout.readline() if readable else ""
         if not line:
-            raise RuntimeError(f"expected an answer of the poller, found its end: {self._process.poll()}")
+            raise RuntimeError(f"expected an answer of the poller, found none; exit {self._process.poll()}")
         window: dict[str, Any] = json.loads(line)
         return window
 
