@@ -21,7 +21,7 @@ from whimbrel.agent import syscalls
 from whimbrel.agent.memory.faults import FaultServer, FillFailed
 from whimbrel.agent.memory.reader import ProcessReader
 from whimbrel.agent.memory.store import PageStore
-from whimbrel.agent.memory.userfault import PAGE, Userfault
+from whimbrel.agent.memory.userfault import PAGE, FaultEvent, Userfault
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -191,9 +191,18 @@ def test_a_fork_is_owed_what_its_parent_was_also_read_in_one_batch_with_faults(
     filling: Filling, family: Family
 ) -> None:
     # Fault and fork wait together: what is installed for the parent after its fork the child has not got.
+    class Slow(Userfault):
+        """Its reader is so slow that the fork is over before the first answer."""
+
+        def events(self) -> list[FaultEvent]:
+            found = super().events()
+            while is_blocked(filling.child, "userfaultfd_event_wait_completion"):
+                os.sched_yield()
+            return found
+
     address = filling.area(64, holes=False)
     fd = filling.take_userfault()
-    filling.server.add(SPACE, Userfault(fd), filling.store.data_pages(SPACE))
+    filling.server.add(SPACE, Slow(fd), filling.store.data_pages(SPACE))
     filling.child.do(f"thread = threading.Thread(target=is_at, args=({address}, b'x'))\nthread.start()")
     wait_until_blocked(filling.child, "handle_userfault")
     filling.child.tell("answer = os.fork()\nif answer == 0:\n    dial()\n    serve()\n    os._exit(0)")
@@ -211,12 +220,16 @@ def test_a_fork_is_owed_what_its_parent_was_also_read_in_one_batch_with_faults(
 
 def wait_until_blocked(child: Child, where: str) -> None:
     """Until one of its threads sleeps in this function of the kernel."""
-    while True:
-        for task in os.listdir(f"/proc/{child.pid}/task"):
-            with contextlib.suppress(OSError):
-                if where in Path(f"/proc/{child.pid}/task/{task}/stack").read_text():
-                    return
+    while not is_blocked(child, where):
         os.sched_yield()
+
+
+def is_blocked(child: Child, where: str) -> bool:
+    for task in os.listdir(f"/proc/{child.pid}/task"):
+        with contextlib.suppress(OSError):
+            if where in Path(f"/proc/{child.pid}/task/{task}/stack").read_text():
+                return True
+    return False
 
 
 class Churn:
