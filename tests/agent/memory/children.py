@@ -32,10 +32,18 @@ class Child:
         self.pid: int = struct.unpack("3i", peer)[0]
 
     def tell(self, order: str) -> None:
-        self.connection.send(order.encode())
+        try:
+            self.connection.send(order.encode())
+        except ConnectionError as error:
+            raise RuntimeError(f"pid {self.pid}: it has ended") from error
 
     def hear(self) -> Any:
-        reply = json.loads(self.connection.recv(256 * 1024) or b'{"error": "it has ended"}')
+        """Raises RuntimeError where the order failed or the process has ended."""
+        try:
+            answer = self.connection.recv(256 * 1024)
+        except ConnectionError:
+            answer = b""
+        reply = json.loads(answer or b'{"error": "it has ended"}')
         if "error" in reply:
             raise RuntimeError(f"pid {self.pid}: {reply['error']}")
         return reply["answer"]
