@@ -30,6 +30,15 @@ async def test_one_holds_and_the_next_gets_it_after_release(bus: Bus, other_bus:
     await second.release()
 
 
+async def test_who_has_lost_sight_of_it_gets_its_own_back(bus: Bus, other_bus: Bus) -> None:
+    assert await bus.lease("controller", "c1", 30).acquire()
+    # The same holder after an outage, or after an answer that was lost: it knows of nothing.
+    again = bus.lease("controller", "c1", 30)
+    assert await again.acquire()
+    await again.renew()
+    assert not await other_bus.lease("controller", "c2", 30).acquire()
+
+
 async def test_of_many_one_acquires(bus: Bus) -> None:
     leases = [bus.lease("x", f"c{n}", 30) for n in range(10)]
     assert sum(await asyncio.gather(*(lease.acquire() for lease in leases))) == 1

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 LOOK_EVERY_S: Final = 5.0
 DECISION_POLL_S: Final = 0.5
 RETRY_S: Final = 0.5
+TAKEOVERS_MAX: Final = 5
 
 
 class StepLost(Exception):
@@ -37,6 +38,10 @@ class Capsule:
         self.role: Side | None = None
         self.running = False
         self.frozen = False
+        self.resumed = False
+        """The keeper has let run what was restored."""
+        self.handed_over: int | None = None
+        """On the target's disk, until all of it is filled: the writes that the source had when it froze."""
         self.writes = 0
 
     def run(self, why: str) -> None:
@@ -51,16 +56,26 @@ class Capsule:
         self.running, self.frozen = False, True
         return True
 
-    def restore(self, writes: int) -> None:
-        self.frozen, self.writes = True, writes
+    def restore(self) -> None:
+        assert self.handed_over is not None
+        self.frozen, self.writes = True, self.handed_over
 
-    def destroy(self) -> None:
+    def let_run(self, why: str) -> None:
+        self.resumed = True
+        self.run(why)
+
+    def kill(self) -> None:
+        """Its processes only."""
         if self.running:
             self.world.on_stop(self)
+        self.running = self.frozen = False
+
+    def destroy(self) -> None:
+        self.kill()
         if self.exists:
             self.world.kernel.tell(f"{self.host}: capsule destroyed")
-        self.exists = self.running = self.frozen = False
-        self.role = None
+        self.exists = self.resumed = False
+        self.role = self.handed_over = None
 
 
 class Worker(Party):
@@ -194,10 +209,14 @@ class Agent(Party):
                 self._go_on()
             else:
                 stored = yield from self._agree(Wish.ABORT)
+                then = rules.after_restart(self.side, stored, alive=True)
+                if then is Then.KEEP:
+                    self._take_over()
+                    self.serves = True
+                    return
                 yield kernel.short()
                 if self.worker is not None:
                     self.worker.end()
-                then = rules.after_restart(self.side, stored, alive=True)
                 yield kernel.short()
                 if then is Then.DESTROY:
                     capsule.destroy()
@@ -211,6 +230,9 @@ class Agent(Party):
         self.serves = True
 
     def _go_on(self) -> None:
+        raise NotImplementedError
+
+    def _take_over(self) -> None:
         raise NotImplementedError
 
     def _tell(self, stored: Decision) -> None:
@@ -449,7 +471,8 @@ class TargetAgent(Agent):
     def _reset(self) -> None:
         super()._reset()
         self.made = False
-        self.commit_by = 0.0
+        self.restored = False
+        self.takeovers = 0
 
     def handle(self, command: commands.AnyCommand) -> commands.AnyReply:
         match command:
@@ -480,7 +503,12 @@ class TargetAgent(Agent):
         if not self.capsule.exists:
             worker.killed()
             return
-        self.capsule.restore(writes)
+        self.capsule.handed_over = writes
+        yield kernel.short()
+        if not self.capsule.exists:
+            worker.killed()
+            return
+        self.capsule.restore()
         yield kernel.short()
         worker.say("restored")
         if not (yield worker.verdict):
@@ -488,15 +516,18 @@ class TargetAgent(Agent):
             worker.killed()
             return
         yield kernel.short()
-        self.capsule.run("verdict")
+        self.capsule.let_run("verdict")
+        yield 0.0
         worker.say("resumed")
         yield kernel.delay()
+        self.capsule.handed_over = None
+        yield 0.0
         worker.say("filled")
 
     def _go_on(self) -> None:
         worker = self.worker
         assert worker is not None
-        self.begun = self.made = True
+        self.begun = self.made = self.restored = True
         worker.agent_life = self.life
         worker.box = Mailbox(self.kernel)
         for word in worker.kept:
@@ -505,11 +536,48 @@ class TargetAgent(Agent):
         self.spawn(self._guarded(self._finish(worker)))
         self.spawn(self._look())
 
+    def _take_over(self) -> None:
+        self.begun = self.made = self.restored = True
+        self.spawn(self._guarded(self._continue()))
+
     def _guarded(self, work: Any) -> Any:
-        try:
-            yield from work
-        except (StepLost, BusDown):
-            yield from self._failed()
+        while True:
+            try:
+                yield from work
+                return
+            except (StepLost, BusDown):
+                if not (yield from self._failed()):
+                    return
+            work = self._continue()
+
+    def _continue(self) -> Any:
+        """As mover/takeover.py: from what the keeper knows and what is on disk."""
+        kernel, capsule = self.kernel, self.capsule
+        if self.worker is not None:
+            self.worker.end()
+        yield kernel.short()
+        worker = self.worker = Worker(self)
+
+        def work() -> Any:
+            yield kernel.short()
+            if not (capsule.resumed and self.world.rules.keeper_knows):
+                capsule.kill()
+                if capsule.handed_over is None:
+                    worker.killed()
+                    return
+                yield kernel.short()
+                capsule.restore()
+                yield kernel.short()
+                capsule.let_run("takeover")
+            yield kernel.short()
+            worker.say("resumed")
+            yield kernel.short()
+            capsule.handed_over = None
+            yield 0.0
+            worker.say("filled")
+
+        kernel.spawn(worker.life, work())
+        yield from self._fill(worker)
 
     def _follow(self) -> Any:
         stored, _ = yield from self.world.register.get(self)
@@ -532,6 +600,7 @@ class TargetAgent(Agent):
         rules = self.world.rules
         if (yield worker.box) != "restored":
             raise StepLost
+        self.restored = True
         stored = yield from self._agree(Wish.COMMIT, self.restored_by)
         go = rules.may_run(stored)
         if not worker.alive:
@@ -541,6 +610,9 @@ class TargetAgent(Agent):
         self.say(facts.TargetRestored)
         if not go:
             raise StepLost
+        yield from self._fill(worker)
+
+    def _fill(self, worker: Worker) -> Any:
         if (yield worker.box) != "resumed":
             raise StepLost
         self.say(facts.TargetResumed)
@@ -566,14 +638,22 @@ class TargetAgent(Agent):
                 return
 
     def _failed(self) -> Any:
+        """True: the live copy is here and is to be finished."""
         if self.ended:
-            return
+            return False
         stored = yield from self._agree(Wish.ABORT)
         if self.world.rules.may_discard(stored):
             yield from self._discard(quiet=True)
-        elif self.worker is not None:
-            self.worker.end()
+        elif not self.world.rules.may_take_over(stored, restored=self.restored):
+            self.ended = True
+        else:
+            if self.worker is not None:
+                self.worker.end()
+            self.takeovers += 1
+            if self.takeovers <= TAKEOVERS_MAX:
+                return True
         self.say(facts.StepFailed)
+        return False
 
     def _abort_asked(self) -> Any:
         if not self.begun:

@@ -41,6 +41,8 @@ def run_seeds(first: int, count: int, mutant: str | None = None) -> Tally:
     """Stops at the first that breaks a mutant."""
     tally = Tally()
     rules = MUTANTS[mutant]() if mutant else real_rules()
+    gc.collect()
+    gc.freeze()
     gc.disable()  # each world is a knot of references: collected now and then instead
     try:
         for seed in range(first, first + count):

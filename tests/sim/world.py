@@ -41,7 +41,7 @@ def real_rules() -> Rules:
         **{name: rule for name, rule in vars(agent_rules).items() if callable(rule) and name[0].islower()}
     )
     rules.may_forget_register = states.may_forget_register
-    rules.fenced = rules.adopts = rules.commit_asks_again = True
+    rules.fenced = rules.adopts = rules.commit_asks_again = rules.keeper_knows = True
     return rules
 
 
@@ -174,10 +174,9 @@ class World:
         self.link_cut_until = self.kernel.now + for_s
 
     def _kill_worker(self) -> None:
-        """Of the target only before it has restored: from then on its keeper holds what matters."""
         agent: Agent = self.source if self.kernel.rnd() < 0.6 else self.target
         worker = agent.worker
-        if worker is None or not worker.alive or worker.kept:
+        if worker is None or not worker.alive:
             return
         self.kernel.tell(f"{worker.name} is killed")
         worker.killed()
