@@ -80,10 +80,11 @@ def leftovers(cluster: Cluster, lives_on: str | None, workload: str) -> list[str
         tables = subprocess.run(listed, capture_output=True, text=True, timeout=20, check=True).stdout
         found += [f"{name}: {line}" for line in tables.splitlines()]
     marks = (str(cluster.run_dir), str(cluster.store_dir("a").parent))
+    own = {str(cluster.store_dir(name)) for name in cluster.hosts}
     found += [
         f"mount {line.split()[4]}"
         for line in Path("/proc/self/mountinfo").read_text().splitlines()
-        if any(mark in line for mark in marks)
+        if any(mark in line for mark in marks) and line.split()[4] not in own
     ]
     return found
 

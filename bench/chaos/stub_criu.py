@@ -62,6 +62,7 @@ def main() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     asked = 0
+    waits = False
     while True:
         ready, _, _ = select.select([agent, ours], [], [])
         if agent in ready:
@@ -79,7 +80,7 @@ def main() -> None:
                     time.sleep(DURING_S)
                     die(f"during-{name}")
                 continue
-            if kind == NOTIFY and due("after-commit"):
+            if kind == NOTIFY and waits and due("after-commit"):
                 die("after-commit")
             ours.send(message)
         if ours in ready:
@@ -88,7 +89,8 @@ def main() -> None:
                 break
             if kind_of(message) == NOTIFY:
                 # Notifications come at several points; of these post-restore is the one that is waited in.
-                if b"post-restore" in message and due("post-restore"):
+                waits = b"post-restore" in message
+                if waits and due("post-restore"):
                     die("post-restore")
             elif asked == DUMP and due("after-dump"):
                 die("after-dump")
