@@ -192,7 +192,7 @@ class Agent(Party):
                 elif (yield from register.put(self, revision, Decision(move.value))):
                     return Decision(move.value)
             except BusDown:
-                if wish is Wish.PREPARE or (wish is Wish.COMMIT and not rules.commit_asks_again):
+                if wish is Wish.PREPARE:
                     raise
                 yield RETRY_S
             revision = -1

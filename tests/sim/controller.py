@@ -226,6 +226,9 @@ class Controller(Party):
                 yield 0.2
         state = self.state
         self.end()
-        if revision and world.prunes and world.rules.may_forget_register(state):
+        if not revision:
+            world.kernel.call(ADOPT_EVERY_S, self._adopt, self.life)
+            return
+        if world.prunes and world.rules.may_forget_register(state):
             # In truth 200 migrations later; in any case not before every command has expired.
             world.kernel.call(60.0, world.forget_register)

@@ -78,7 +78,6 @@ MUTANTS: Final[dict[str, Callable[[], Rules]]] = {
     "abort-overwrites-committed": _with(next_write=_abort_wins_always),
     "late-prepare-begins": _with(may_begin=lambda stored: True),
     "committed-register-is-forgotten": _with(may_forget_register=lambda state: True),
-    "commit-without-an-answer-counts-as-failed": _with(commit_asks_again=False),
     "takeover-that-lost-a-race-gives-up": _with(adopts=False),
     "takeover-restores-what-has-run-already": _with(keeper_knows=False),
     "dead-worker-after-the-commit-is-not-taken-over": _with(may_take_over=lambda stored, restored: False),

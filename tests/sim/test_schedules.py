@@ -18,6 +18,7 @@ COUNT = int(os.environ.get("WHIMBREL_SIM_COUNT", "100000"))
 MUTANT_SCHEDULES = 6_000
 
 
+@pytest.mark.timeout(1200)
 def test_the_promise_is_kept_in_every_schedule() -> None:
     tally = run_many(FIRST, COUNT)
     print(

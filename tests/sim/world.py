@@ -41,7 +41,7 @@ def real_rules() -> Rules:
         **{name: rule for name, rule in vars(agent_rules).items() if callable(rule) and name[0].islower()}
     )
     rules.may_forget_register = states.may_forget_register
-    rules.fenced = rules.adopts = rules.commit_asks_again = rules.keeper_knows = True
+    rules.fenced = rules.adopts = rules.keeper_knows = True
     return rules
 
 
