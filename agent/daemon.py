@@ -14,6 +14,7 @@ import whimbrel
 from whimbrel.agent.assess import assess_source, assess_target
 from whimbrel.agent.capsule.capsule import CapsuleError
 from whimbrel.agent.host_facts import HostFacts
+from whimbrel.agent.journal import Journal
 from whimbrel.agent.recovery import Recovery
 from whimbrel.agent.source_side import SourceSide
 from whimbrel.agent.stream.identity import Identity
@@ -28,8 +29,10 @@ from whimbrel.events.commands import (
     AssessSource,
     AssessTarget,
     Freeze,
+    JournalLines,
     PrepareSource,
     PrepareTarget,
+    ReadJournal,
     Refused,
     Release,
     StartRound,
@@ -68,10 +71,13 @@ class Agent:
         self._sources: dict[str, SourceSide] = {}
         self._targets: dict[str, TargetSide] = {}
         self._background: set[asyncio.Task[None]] = set()
+        self._journal = Journal(state_dir / "journal", host)
 
     async def run(self) -> None:
         """Until cancelled."""
-        recovery = Recovery(self._bus, self._host, self._root, self._identity_folder, self._workloads)
+        recovery = Recovery(
+            self._bus, self._host, self._root, self._identity_folder, self._workloads, self._journal
+        )
         await recovery.run()
         self._targets.update(recovery.targets)
         await self._heartbeat()
@@ -99,16 +105,25 @@ class Agent:
         for target in self._targets.values():
             await target.close()
         await self._workloads.close()
+        await asyncio.to_thread(self._journal.close)
 
     # --- commands -------------------------------------------------------------------------------------
 
     async def handle(self, command: AnyCommand) -> AnyReply:
+        if isinstance(command, ReadJournal):
+            lines = await asyncio.to_thread(self._journal.read, command.migration or "")
+            return JournalLines(command=command.id, lines=lines)
+        verb = type(command).__name__
+        self._journal.write(command.migration, "command taken", f"{verb} {command.id}")
         try:
-            return await self._dispatch(command)
+            reply = await self._dispatch(command)
         except CapsuleError as error:
-            return Refused(
+            reply = Refused(
                 command=command.id, reason=str(error), remedy="see `whimbrel ps` and the agent's log"
             )
+        if isinstance(reply, Refused):
+            self._journal.write(command.migration, "command refused", f"{verb}: {reply.reason}")
+        return reply
 
     async def _dispatch(self, command: AnyCommand) -> AnyReply:
         match command:
@@ -124,7 +139,13 @@ class Agent:
             case PrepareTarget(migration=str(migration)):
                 if migration not in self._targets:
                     target = TargetSide(
-                        self._bus, self._host, self._root, self._identity_folder, self._workloads, command
+                        self._bus,
+                        self._host,
+                        self._root,
+                        self._identity_folder,
+                        self._workloads,
+                        command,
+                        self._journal.note_of(migration),
                     )
                     _remember(self._targets, migration, target)
                     target.prepare()
@@ -133,7 +154,13 @@ class Agent:
                     return self._unknown_workload(command.id, command.workload)
                 if migration not in self._sources:
                     source = SourceSide(
-                        self._bus, self._host, self._root, self._identity_folder, self._workloads, command
+                        self._bus,
+                        self._host,
+                        self._root,
+                        self._identity_folder,
+                        self._workloads,
+                        command,
+                        self._journal.note_of(migration),
                     )
                     _remember(self._sources, migration, source)
                     source.prepare()

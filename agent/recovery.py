@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from whimbrel.agent.capsule.capsule import Capsule
+    from whimbrel.agent.journal import Journal
     from whimbrel.agent.workloads import Workloads
     from whimbrel.events.bus import Bus
 
@@ -51,8 +52,17 @@ _WORKER_GRACE_S: Final = 5.0
 class Recovery:
     """One pass over what an earlier agent of this host left; `run` once, before commands are taken."""
 
-    def __init__(self, bus: Bus, host: str, root: Path, identity_folder: Path, workloads: Workloads) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        host: str,
+        root: Path,
+        identity_folder: Path,
+        workloads: Workloads,
+        journal: Journal,
+    ) -> None:
         self._bus = bus
+        self._journal = journal
         self._host = host
         self._root = root
         self._identity_folder = identity_folder
@@ -78,13 +88,18 @@ class Recovery:
         waits = side == "target" and alive and await self._reattached(capsule, migration)
         if rules.found(rules.Side(side), worker_waits=waits) is rules.Found.GO_ON:
             _log.warning("goes on with the target of migration %s", migration)
+            self._journal.write(
+                migration, "recovery", "the worker waits with what it restored; goes on with it"
+            )
             return
-        decision = await DecisionRegister(self._bus, migration, f"{side}:{self._host}").abort(
-            "the agent restarted"
-        )
+        note = self._journal.note_of(migration)
+        note("recovery", f"found the {side}'s capsule, {'alive' if alive else 'dead'}; asks the register")
+        register = DecisionRegister(self._bus, migration, f"{side}:{self._host}", note)
+        decision = await register.abort("the agent restarted")
         _log.warning("found the %s of migration %s: the register says %s", side, migration, decision)
         then = rules.after_restart(rules.Side(side), decision, alive=alive)
         target = self._target_of(capsule) if then is rules.Then.KEEP else None
+        note("recovery", f"{decision}: {'take over' if target is not None else then}")
         if target is not None:
             target.take_over()
             self.targets[migration] = target
@@ -109,7 +124,15 @@ class Recovery:
             order = msgspec.json.decode(written, type=PrepareTarget)
         except msgspec.MsgspecError:
             return None  # it died while writing it: nothing was restored then
-        return TargetSide(self._bus, self._host, self._root, self._identity_folder, self._workloads, order)
+        return TargetSide(
+            self._bus,
+            self._host,
+            self._root,
+            self._identity_folder,
+            self._workloads,
+            order,
+            self._journal.note_of(order.migration or ""),
+        )
 
     async def _reattached(self, capsule: Capsule, migration: str) -> bool:
         target = self._target_of(capsule)

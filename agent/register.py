@@ -16,6 +16,8 @@ from whimbrel.events.errors import BusError, KeyTaken, WrongRevision
 from whimbrel.events.records import Decision, Register
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from whimbrel.events.bus import Bus
 
 _LOOK_AGAIN_S: Final = 0.002
@@ -25,8 +27,17 @@ _RETRY_S: Final = 0.5
 class DecisionRegister:
     """The register of one migration as one party sees it."""
 
-    def __init__(self, bus: Bus, migration: str, party: str) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        migration: str,
+        party: str,
+        note: Callable[[str, str], None] = lambda what, detail: None,
+    ) -> None:
+        """`note` hears of what was written or found: for the journal."""
         self._bus = bus
+        self._note = note
+        self._last: Decision | None = None
         self._migration = migration
         self._party = party
 
@@ -45,6 +56,7 @@ class DecisionRegister:
                 return await self._write(move, revision)
             except KeyTaken as taken:
                 stored, revision = taken.current.value.decision, taken.current.revision
+                self._saw(stored)
             move = next_write(Wish.PREPARE, stored)
         assert stored is not None
         return stored
@@ -58,6 +70,7 @@ class DecisionRegister:
             try:
                 entry = await self._bus.registers.get(self._migration)
                 stored = entry.value.decision if entry else None
+                self._saw(stored)
                 move = next_write(Wish.COMMIT, stored, late=time.time() > until)
                 match move:
                     case Write.NOTHING:
@@ -81,6 +94,7 @@ class DecisionRegister:
             try:
                 entry = await self._bus.registers.get(self._migration)
                 stored = entry.value.decision if entry else None
+                self._saw(stored)
                 move = next_write(Wish.ABORT, stored)
                 if move is Write.NOTHING:
                     assert stored is not None
@@ -99,9 +113,18 @@ class DecisionRegister:
             await self._bus.registers.update(self._migration, record, revision)
         else:
             await self._bus.registers.create(self._migration, record)
+        self._last = decision
+        self._note("register written", f"{decision} {reason}".strip())
         return decision
 
     async def read(self) -> Decision | None:
         """What is stored now; None where nobody has promised anything. Raises BusError."""
         entry = await self._bus.registers.get(self._migration)
-        return entry.value.decision if entry else None
+        stored = entry.value.decision if entry else None
+        self._saw(stored)
+        return stored
+
+    def _saw(self, stored: Decision | None) -> None:
+        if stored is not self._last:
+            self._last = stored
+            self._note("register read", str(stored))

@@ -11,6 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from whimbrel.agent.core import rules
+from whimbrel.agent.journal import Note, ignore
 from whimbrel.agent.mover.channel import (
     AnyMessage,
     DoFreeze,
@@ -65,7 +66,9 @@ class SourceSide:
         identity_folder: Path,
         workloads: Workloads,
         order: PrepareSource,
+        note: Note = ignore,
     ) -> None:
+        """`note` hears of every step and decision: for the journal."""
         assert order.migration is not None
         self.migration = order.migration
         self._bus = bus
@@ -75,7 +78,8 @@ class SourceSide:
         self._workloads = workloads
         self._order = order
         self._capsule: Capsule = workloads.capsule(order.workload)
-        self._register = DecisionRegister(bus, self.migration, f"source:{host}")
+        self._note: Note = lambda what, detail: note(f"source: {what}", detail)
+        self._register = DecisionRegister(bus, self.migration, f"source:{host}", self._note)
         self._worker: WorkerProcess | None = None
         self._busy = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
@@ -130,8 +134,10 @@ class SourceSide:
             if previous is not None:
                 with contextlib.suppress(asyncio.CancelledError):
                     await previous
+            self._note("step begun", step)
             try:
                 await work
+                self._note("step ended", step)
             except WorkerFailed as error:
                 await self._failed(error.step, error.reason, error.remedy, cause)
             except Exception as error:
@@ -275,6 +281,7 @@ class SourceSide:
         if self._ended:
             return
         _log.warning("migration %s: %s: %s", self.migration, step, reason)
+        self._note("step failed", f"{step}: {reason}")
         if self._froze_at is not None and await self.abort(cause, reason) is Decision.COMMITTED:
             return
         self._say(StepFailed(**self._envelope(cause), step=step, reason=reason, remedy=remedy))
@@ -291,6 +298,7 @@ class SourceSide:
                 await self._worker.close()
                 self._worker = None
             await asyncio.to_thread(self._capsule.let_run)
+            self._note("thawed", "")
             self._workloads.watch(self._capsule.workload)
             frozen_s = time.monotonic() - self._froze_at if self._froze_at is not None else 0.0
             self._say(SourceThawed(**self._envelope(cause), frozen_ms=frozen_s * 1e3))
@@ -301,6 +309,7 @@ class SourceSide:
                 self._ended = True
                 await self._workloads.forget(self._capsule.workload)
                 await asyncio.to_thread(self._capsule.destroy)
+                self._note("frozen copy killed", "")
                 if self._worker is not None:
                     await self._worker.close()
                     self._worker = None

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from whimbrel.agent.core import rules
+from whimbrel.agent.journal import Note, ignore
 from whimbrel.agent.memory.serving import FILL_FOLDER
 from whimbrel.agent.memory.table import ServerRecord
 from whimbrel.agent.mover import pause
@@ -78,7 +79,9 @@ class TargetSide:
         identity_folder: Path,
         workloads: Workloads,
         order: PrepareTarget,
+        note: Note = ignore,
     ) -> None:
+        """`note` hears of every step and decision: for the journal."""
         assert order.migration is not None
         self.migration = order.migration
         self._bus = bus
@@ -88,7 +91,8 @@ class TargetSide:
         self._workloads = workloads
         self._order = order
         self._capsule: Capsule = workloads.capsule(order.spec.name)
-        self._register = DecisionRegister(bus, self.migration, f"target:{host}")
+        self._note: Note = lambda what, detail: note(f"target: {what}", detail)
+        self._register = DecisionRegister(bus, self.migration, f"target:{host}", self._note)
         self._worker: Worker | None = None
         self._cgroup = worker_cgroup(root, "target", self.migration)
         self._restored = False
@@ -195,6 +199,7 @@ class TargetSide:
         """From the restore to the end; a worker that was left by another agent says all of it again."""
         restored = await worker.expect(Restored, _MIGRATION_TIMEOUT_S)
         self._restored = True
+        self._note("restored", f"{restored.restore_ms:.0f} ms")
         restored_at = time.monotonic()
         decision = await self._register.commit(restored.commit_by)
         if pause.ACTIVE:
@@ -213,6 +218,7 @@ class TargetSide:
     async def _continue(self) -> None:
         """After COMMITTED, where the worker that restored it is dead."""
         began = time.monotonic()
+        self._note("taking over", f"what the last worker left of it, attempt {self._takeovers or 1}")
         # Of an earlier worker only the fault servers go on.
         records = ServerRecord.load_all(self._capsule.folder / FILL_FOLDER)
         spared = {pid for record in records for pid in (record.pid, record.holder)}
@@ -236,9 +242,11 @@ class TargetSide:
         if not self._resumed_said:
             self._say(TargetResumed(**self._envelope(), commit_ms=(time.monotonic() - restored_at) * 1e3))
             self._resumed_said = True
+            self._note("resumed", "")
         self._workloads.watch(self._order.spec.name)
         filled = await worker.expect(Filled, _MIGRATION_TIMEOUT_S)
         self._capsule.clear_role()
+        self._note("filled", f"{filled.fill_ms:.0f} ms, {filled.faults} faults")
         self._say(
             TargetFilled(
                 **self._envelope(),
@@ -273,6 +281,7 @@ class TargetSide:
         if self._ended:
             return False
         _log.warning("migration %s: %s: %s", self.migration, step, reason)
+        self._note("step failed", f"{step}: {reason}")
         stored = await self._register.abort(reason)
         if rules.may_discard(stored):
             await self._discard(self._order.id, quiet=True)
@@ -295,6 +304,7 @@ class TargetSide:
                 # The capsule first: it must be impossible for anything in it to run any more.
                 if self._made:
                     await asyncio.to_thread(self._capsule.destroy)
+                self._note("discarded", "")
                 if self._worker is not None:
                     with contextlib.suppress(WorkerFailed):
                         self._worker.send(Verdict(go=False))  # or it would wait for another agent

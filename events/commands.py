@@ -86,6 +86,10 @@ class Release(Command, frozen=True, kw_only=True, tag="release"):
     """The register says Committed: the source kills its frozen copy → SourceReleased."""
 
 
+class ReadJournal(Command, frozen=True, kw_only=True, tag="read-journal"):
+    """What this agent wrote down of `migration`; answered with JournalLines."""
+
+
 # --- to the gate --------------------------------------------------------------------------------------
 
 
@@ -141,6 +145,7 @@ AnyCommand = (
     | Freeze
     | Abort
     | Release
+    | ReadJournal
     | AddRoute
     | RemoveRoute
     | HoldTraffic
@@ -194,6 +199,24 @@ class TargetAssessment(Reply, frozen=True, kw_only=True, tag="target-assessment"
     problems: tuple[str, ...]
 
 
+class JournalLine(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="journal"):
+    """One entry of an agent's own diary of a migration."""
+
+    at: float
+    """Unix time (s) on the clock of `host`."""
+    host: str
+    migration: str
+    what: str
+    """command, register, step begun, step failed, recovery, …"""
+    detail: str = ""
+
+
+class JournalLines(Reply, frozen=True, kw_only=True, tag="journal-lines"):
+    """Oldest first; empty where this agent had no part in it."""
+
+    lines: tuple[JournalLine, ...]
+
+
 class RouteStatus(Reply, frozen=True, kw_only=True, tag="route-status"):
     workload: str
     to_address: str
@@ -203,4 +226,4 @@ class RouteStatus(Reply, frozen=True, kw_only=True, tag="route-status"):
     impact: TrafficImpact | None
 
 
-AnyReply = Accepted | Refused | SourceAssessment | TargetAssessment | RouteStatus
+AnyReply = Accepted | Refused | SourceAssessment | TargetAssessment | JournalLines | RouteStatus

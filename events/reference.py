@@ -69,6 +69,7 @@ def markdown() -> str:
         _prose(records),
         *(_struct(type_, None) for type_ in _defined_in(records)),
         _struct(commands.FileFact, None),
+        _struct(commands.JournalLine, None),
     ]
     return "\n".join(part.rstrip("\n") + "\n" for part in parts if part)
 
@@ -114,7 +115,7 @@ def _own_doc(type_: type) -> str:
 def _fields(type_: type, base: type | None) -> str:
     inherited = {field.name for field in msgspec.structs.fields(base)} if base is not None else set()
     hints = typing.get_type_hints(type_)
-    docs = _field_docs(type_)
+    docs = field_docs(type_)
     rows = [
         f"| `{field.name}` | {_type_text(hints[field.name])}{_default(field)} | {docs.get(field.name, '')} |"
         for field in msgspec.structs.fields(type_)
@@ -156,7 +157,7 @@ def _anchor(type_: type) -> str:
     return type_.__name__.lower()
 
 
-def _field_docs(type_: type) -> dict[str, str]:
+def field_docs(type_: type) -> dict[str, str]:
     """name → what stands after the field, also for the fields of its bases."""
     docs: dict[str, str] = {}
     for class_ in reversed(type_.__mro__):

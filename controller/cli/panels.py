@@ -22,6 +22,7 @@ from whimbrel.events.records import MigrationReport, PhaseTimes
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from whimbrel.events.commands import JournalLine
     from whimbrel.events.facts import AnyEvent
     from whimbrel.events.records import HostRecord, WorkloadRecord
 
@@ -238,6 +239,16 @@ def event_line(event: AnyEvent, since: float | None = None) -> Text:
     plain = msgspec.to_builtins(event)
     fields = (f"{key}={_short(value)}" for key, value in plain.items() if key not in _COMMON)
     line.append(" " + " ".join(fields))
+    return line
+
+
+def journal_line(entry: JournalLine, since: float) -> Text:
+    """One line of an agent's own diary, quieter than an event."""
+    line = Text(no_wrap=True, overflow="ellipsis")
+    line.append(f"{(entry.at - since) * 1000:+10.1f} ms", style="dim")
+    line.append(f"  {entry.host:<12.12}", style="cyan")
+    line.append(f" · {entry.what}", style="bold red" if "failed" in entry.what else "dim")
+    line.append(f"  {entry.detail}", style="dim")
     return line
 
 
