@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from whimbrel.events import subjects
+from whimbrel.events import dead_letters, subjects
 from whimbrel.events.streams import BUCKETS, EVENT_STREAM, bucket_stream, bucket_subject
 
 
@@ -75,6 +75,17 @@ def of_reader(name: str) -> Permissions:
     return Permissions(
         publish=(*_reading(EVENT_STREAM, *(bucket_stream(table) for table in BUCKETS)),),
         subscribe=(f"_INBOX.{name}.>", f"{subjects.EVENTS}.>", f"{subjects.PAGES}.>"),
+    )
+
+
+def of_reactor(name: str) -> Permissions:
+    """As of_reader(); it also files dead letters and is given those that are replayed."""
+    reader = of_reader(name)
+    stream = dead_letters.STREAM
+    creating = (f"$JS.API.STREAM.CREATE.{stream}", f"$JS.API.STREAM.MSG.DELETE.{stream}")
+    return Permissions(
+        publish=(*reader.publish, f"{dead_letters.ROOT}.>", *creating, *_reading(stream)),
+        subscribe=reader.subscribe,
     )
 
 

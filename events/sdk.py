@@ -49,7 +49,8 @@ def subscribe(
     ack_wait_s: float = 30.0,
     remember: int = REMEMBERED_MAX,
 ) -> Subscriber:
-    """Events whose type matches `pattern` (`migration.completed`, `migration.*`, `>`), typed, in order.
+    """Events whose type matches `pattern` (`migration.completed`, `migration.*`, `>`), typed, in order;
+    only what comes again may come later than it was.
 
     `durable`: the name (a-z, 0-9, -, _) under which the server remembers what you have done, also while you
     are away; programs with the same name share the events. Without it: every event from now on (or `since`),

@@ -127,6 +127,22 @@ async def ensure_stream(connection: Connection, configuration: dict[str, Any], t
         )
 
 
+class _Kept(msgspec.Struct):
+    num_replicas: int = 1
+    storage: str = "file"
+
+
+class _Info(msgspec.Struct):
+    config: _Kept = msgspec.field(default_factory=_Kept)
+
+
+async def kept_like(connection: Connection, stream: str, timeout_s: float) -> tuple[int, str]:
+    """Replicas and storage of `stream`, for others that shall be as safe. Raises Unreachable."""
+    answer = await connection.ask_until_answered(f"$JS.API.STREAM.INFO.{stream}", b"", timeout_s=timeout_s)
+    kept = msgspec.json.decode(answer.data, type=_Info).config
+    return kept.num_replicas, kept.storage
+
+
 async def api(connection: Connection, call: str, payload: bytes, timeout_s: float) -> ApiError | None:
     """JetStream's refusal of the call, None where it was done."""
     # JetStream answers 503 while it elects a leader, so a missing answer is worth the whole timeout.

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from whimbrel import __version__
-from whimbrel.controller.cli import observe, operate, serve
+from whimbrel.controller.cli import observe, operate, react, serve
 
 _EXIT_CODES = """
 Exit codes: 0 done · 1 tried and failed, or aborted · 2 wrong command line · 3 refused before anything was
@@ -25,6 +25,7 @@ app = typer.Typer(
 app.add_typer(operate.app)
 app.add_typer(observe.app)
 app.add_typer(serve.app)
+app.add_typer(react.app)
 
 
 def _print_version(wanted: bool) -> None:
