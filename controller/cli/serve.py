@@ -67,11 +67,19 @@ def controller(
     listen: Annotated[str, typer.Option(help="Address of the embedded nats-server.")] = "127.0.0.1",
     listen_port: Annotated[int, typer.Option(help="Its port.")] = 4222,
     data_dir: Annotated[Path, typer.Option(help="Its storage.")] = Path("/var/lib/whimbrel/nats"),
+    sync: Annotated[
+        bool,
+        typer.Option(
+            help="Its storage survives a power cut: each write is synced, which a freeze waits for."
+        ),
+    ] = False,
     id_: Annotated[str, typer.Option("--id", help="Name of this controller.")] = "controller",
     gate: Annotated[str | None, typer.Option(help="Name of the gate that carries traffic.")] = None,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
-    """Run the controller: takes requests, decides when to switch, keeps its state in NATS."""
+    """Run the controller: takes requests, decides when to switch, keeps its state in NATS.
+
+    Run it twice and one acts while the other stands by."""
     from whimbrel.controller.runtime import run_controller
 
     logging.basicConfig(level=log_level.upper(), format=LOG_FORMAT)
@@ -83,7 +91,7 @@ def controller(
                 from whimbrel.events.server import EmbeddedServer
 
                 server = await stack.enter_async_context(
-                    EmbeddedServer(data_dir, host=listen, port=listen_port)
+                    EmbeddedServer(data_dir, host=listen, port=listen_port, sync_always=sync)
                 )
                 url = server.url
                 out.print(f"nats-server listens at {url}")
