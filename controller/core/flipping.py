@@ -56,11 +56,17 @@ def asked(state: Flipping, now: float) -> tuple[CoreCommand, ...]:
     out: list[CoreCommand] = []
     if not state.flip.done and state.move.gate is not None:
         out.append(speech.flip(state.move, state.move.gate, state.flip.attempt, now))
-    if not state.release.done:
+    if not state.release.done and _runs(state.checkpoint):
         out.append(speech.release(state.move, state.release.attempt, now))
     if not state.recorded.done:
         out.append(_moved(state.move))
     return tuple(out)
+
+
+def _runs(checkpoint: Checkpoint) -> bool:
+    """The target has said so itself. Until then the source's frozen copy is all there is to fall back on,
+    whatever the register says: it is not released."""
+    return checkpoint.resumed is not None or checkpoint.filled is not None
 
 
 def on_flipping(state: Flipping, event: CoreEvent, now: float) -> Outcome:
@@ -93,7 +99,10 @@ def _taken_in(state: Flipping, event: CoreEvent, now: float) -> tuple[Flipping, 
     checkpoint = with_measured(state.checkpoint, move, event)
     if checkpoint is not state.checkpoint:
         fill = replace(state.fill, done=True) if checkpoint.filled is not None else state.fill
-        return replace(state, checkpoint=checkpoint, fill=fill), ()
+        new = replace(state, checkpoint=checkpoint, fill=fill)
+        if _runs(checkpoint) and not _runs(state.checkpoint) and not state.release.done:
+            return new, (speech.release(move, state.release.attempt, now),)
+        return new, ()
 
     flip_id = speech.command_id(move, "flip-traffic", state.flip.attempt)
     release_id = speech.command_id(move, "release", state.release.attempt)
@@ -157,7 +166,16 @@ def _on_time(state: Flipping, now: float) -> tuple[Flipping, tuple[CoreCommand, 
             commands.append(speech.flip(move, move.gate, state.flip.attempt, now))
 
     if not state.release.done and now >= state.release.due_at:
-        if state.release.attempt >= ATTEMPTS_MAX:
+        if not _runs(state.checkpoint):
+            # Nothing was asked yet, so nothing is asked again; once the target has had its time, say it.
+            state = replace(state, release=replace(state.release, due_at=now + RELEASED_WITHIN_S))
+            if state.fill.done:
+                state = _with_warning(
+                    replace(state, release=replace(state.release, done=True)),
+                    f"the frozen copy on {move.source} was kept: {move.target} never said that the workload"
+                    " runs there; look at both before anything is removed",
+                )
+        elif state.release.attempt >= ATTEMPTS_MAX:
             state = _with_warning(
                 replace(state, release=replace(state.release, done=True)),
                 f"the frozen copy on {move.source} was not confirmed as cleaned up: its agent does so when it"
