@@ -201,6 +201,9 @@ class TargetSide:
         self._restored = True
         self._note("restored", f"{restored.restore_ms:.0f} ms")
         restored_at = time.monotonic()
+        if not self._capsule.is_alive():
+            # Committed now, the only copy that may run would be one that is dead.
+            raise WorkerFailed("restore", "what was restored here is gone", "see who killed its keeper")
         decision = await self._register.commit(restored.commit_by)
         if pause.ACTIVE:
             await asyncio.to_thread(pause.at, "after-commit")
