@@ -1,8 +1,9 @@
 """A target whose worker died after the commit: what is left of it is finished from what is on disk.
 
 The register said COMMITTED, so the copy here is the one that lives. Whether it runs already, the keeper
-knows: it was the one that told CRIU to let it run. If not, nothing has run (CRIU kills what it restored when
-its client is gone), and all of it is restored again from images and store. Then the fill goes on.
+knows: it was the one that told CRIU to let it run. If not, or if CRIU died before it did, nothing has run
+(CRIU kills what it restored when its client is gone), and all of it is restored again from images and store.
+Then the fill goes on.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 _CRIU_END_TIMEOUT_S: Constant = 10.0
 _CRIU_POLL_S: Constant = 0.02
+_SYS_FUTEX: Constant = "202"
 _CRIU_PIDS_END: Constant = 300
 """The kernel gives lower pids only to what is started right after a capsule's counter was set back: CRIU."""
 
@@ -53,7 +55,7 @@ class TargetTakeover:
         began = time.monotonic()
         end_criu(self._capsule)
         final = load_final(self._capsule.folder)
-        if not self._capsule.call("status")["resumed"]:
+        if not self._capsule.call("status")["resumed"] or waits_in_restorer(self._capsule):
             self._restore_again(final)
         elif final is not None and final.lazy:
             self._faults.take_over()
@@ -103,6 +105,35 @@ def end_criu(capsule: Capsule) -> None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         time.sleep(_CRIU_POLL_S)
+
+
+def waits_in_restorer(capsule: Capsule) -> bool:
+    """CRIU was told to let it run and died before it did: every thread waits, in CRIU's code, for a word that
+    nobody will say, and none has run an instruction of its own.
+
+    That code lies in anonymous executable memory, where a program's own futex calls do not come from."""
+    pids = [pid for pid in capsule.cgroup.pids() if not _is_criu(pid)]
+    return bool(pids) and all(_all_threads_in_restorer(pid) for pid in pids)
+
+
+def _all_threads_in_restorer(pid: int) -> bool:
+    try:
+        blobs = []
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            words = line.split()
+            if len(words) == 5 and "x" in words[1]:
+                start, _, end = words[0].partition("-")
+                blobs.append((int(start, 16), int(end, 16)))
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            called = (task / "syscall").read_text().split()  # "running", or number, arguments, sp, pc
+            if called[0] != _SYS_FUTEX:
+                return False
+            at = int(called[-1], 16)
+            if not any(start <= at < end for start, end in blobs):
+                return False
+    except (OSError, ValueError, IndexError):
+        return False
+    return True
 
 
 def _is_criu(pid: int) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 from bench.chaos import link, processes
 from bench.chaos.matrix import DAEMONS, LINKS, Case, Fault, Phase, Victim
-from bench.chaos.scene import Scene, signal_process
+from bench.chaos.scene import NotReached, Scene, signal_process
 
 from whimbrel.controller.demo.cluster import ClusterError
 from whimbrel.controller.demo.users import UsersError
@@ -55,10 +55,6 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     error: str = ""
     told: str = ""
     """What the migration said of its failure."""
-
-
-class NotReached(Exception):
-    """The move ended, or its victim did, before the fault could be made."""
 
 
 async def run_case(scene: Scene, case: Case, verify: bool | None = None) -> Result:
@@ -143,11 +139,7 @@ async def _reach(scene: Scene, move: Move, case: Case, fault: _FaultMade) -> Non
             raise NotReached("every page was in place before the push was held")
         return
     point = Phase.AFTER_COMMIT if phase is Phase.FLIPPING else phase
-    reaching = asyncio.create_task(scene.hold.until_reached(point, REACHED_WITHIN_S))
-    await asyncio.wait([reaching, move.ending], return_when=asyncio.FIRST_COMPLETED)
-    if not reaching.done() or not await reaching:
-        reaching.cancel()
-        raise NotReached(f"{phase} was never reached: {move.outcome} {move.failure}")
+    await move.until_held(point, REACHED_WITHIN_S)
     if phase is Phase.FLIPPING:
         # A gate that is stopped cannot flip: the phase lasts until the fault is made.
         gate = scene.cluster.children["gate"].process.pid

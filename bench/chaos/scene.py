@@ -42,6 +42,10 @@ SAMPLE_S = 0.3
 READY_AGAIN_S = 30.0
 
 
+class NotReached(Exception):
+    """The move ended, or its victim did, before the fault could be made."""
+
+
 class Move:
     """A migration under way: what was heard of it, and how it ended."""
 
@@ -90,6 +94,14 @@ class Move:
                     self._news.clear()
                     await self._news.wait()
         return self.has(kind)
+
+    async def until_held(self, point: str, timeout_s: float) -> None:
+        """It stands still there now. Raises NotReached where it ended, or the time did, before."""
+        reaching = asyncio.create_task(self.scene.hold.until_reached(point, timeout_s))
+        await asyncio.wait([reaching, self.ending], return_when=asyncio.FIRST_COMPLETED)
+        if not reaching.done() or not await reaching:
+            reaching.cancel()
+            raise NotReached(f"{point} was never reached: {self.outcome} {self.failure}")
 
     async def end(self, timeout_s: float) -> MigrationReport | None:
         """The report; None where it was aborted or rejected. Raises TimeoutError, ClusterError."""
@@ -280,4 +292,4 @@ def signal_process(pid: int, number: int) -> None:
         os.kill(pid, number)
 
 
-__all__ = ["NAME", "ClusterError", "Move", "Scene", "UsersError", "signal_process"]
+__all__ = ["NAME", "ClusterError", "Move", "NotReached", "Scene", "UsersError", "signal_process"]

@@ -174,7 +174,7 @@ async def test_the_sources_disk_is_full_when_images_are_written(bench: Bench, sc
     source = scene.at
     scene.hold.arm("freezing")
     move = scene.move()
-    assert await scene.hold.until_reached("freezing", 30)
+    await move.until_held("freezing", 30)
     with filler(scene.cluster.store_dir(source), 8192):
         scene.hold.release_all()
         async with asyncio.timeout(SETTLED_WITHIN_S):
