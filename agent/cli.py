@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from whimbrel.agent.doctor import Finding, Verdict, blocking, probe
+from whimbrel.agent.doctor.cleaning import clean_up, find_all
 from whimbrel.events.errors import BusError
 from whimbrel.events.subjects import check_name
 from whimbrel.terminal import CommandError, ExitCode
@@ -45,7 +46,7 @@ def agent(
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
     """Run this host's agent: starts workloads, tracks their memory, sends and receives them."""
-    from whimbrel.agent.daemon import run_agent
+    from whimbrel.agent.daemon import RunFolderTaken, run_agent
 
     try:
         check_name("host", host)
@@ -76,6 +77,10 @@ def agent(
 
     try:
         asyncio.run(main())
+    except RunFolderTaken as error:
+        raise CommandError(
+            "a run folder of its own", str(error), "One agent per --run-dir.", ExitCode.REFUSED
+        ) from error
     except BusError as error:
         raise CommandError(
             f"a NATS server at {nats}",
@@ -88,8 +93,21 @@ def agent(
 @app.command()
 def doctor(
     json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+    clean: Annotated[
+        bool, typer.Option("--clean", help="Find and remove what dead migrations and agents left.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="With --clean: remove without asking.")] = False,
+    with_copies: Annotated[
+        bool,
+        typer.Option(
+            "--with-copies",
+            help="With --clean: also kill workloads whose agent is dead. May be the only copy.",
+        ),
+    ] = False,
 ) -> None:
     """Check, by trying it, whether workloads can be moved from and to this machine; exit 1 if not."""
+    if clean:
+        raise typer.Exit(clean_up(find_all(), as_json=json, yes=yes, with_copies=with_copies))
     findings = probe()
     lacks = blocking(findings)
     if json:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import shutil
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import whimbrel
 from whimbrel.agent.assess import assess_source, assess_target
 from whimbrel.agent.capsule.capsule import CapsuleError
+from whimbrel.agent.doctor.leftovers import lock_run_folder
 from whimbrel.agent.host_facts import HostFacts
 from whimbrel.agent.journal import Journal
 from whimbrel.agent.recovery import Recovery
@@ -55,6 +57,12 @@ RUN_ROOT: Final = Path("/dev/shm/whimbrel")
 """tmpfs: page stores, capsules and images live below it, one folder per host."""
 _HEARTBEAT_S: Final = 2.0
 _ENDED_KEPT: Final = 64
+_CLAIM_TIMEOUT_S: Final = 15.0
+_CLAIM_POLL_S: Final = 0.05
+
+
+class RunFolderTaken(Exception):
+    """Two agents with one run folder would each think that the other's workloads are theirs."""
 
 
 class Agent:
@@ -248,11 +256,28 @@ async def run_agent(
     root = run_dir or RUN_ROOT / host
     await asyncio.to_thread(root.mkdir, parents=True, exist_ok=True)
     await asyncio.to_thread(state_dir.mkdir, parents=True, exist_ok=True)
-    async with await Bus.connect(bus_url, f"agent-{host}") as bus:
-        try:
-            await Agent(bus, host, address, root, state_dir).run()
-        finally:
-            _leave(root)
+    claim = await _claim(root)
+    try:
+        async with await Bus.connect(bus_url, f"agent-{host}") as bus:
+            try:
+                await Agent(bus, host, address, root, state_dir).run()
+            finally:
+                _leave(root)
+    finally:
+        os.close(claim)
+
+
+async def _claim(root: Path) -> int:
+    """The lock on a run folder; waits for an agent that is on its way out. Raises RunFolderTaken."""
+    deadline = time.monotonic() + _CLAIM_TIMEOUT_S
+    while (claim := lock_run_folder(root)) is None:
+        if time.monotonic() > deadline:
+            raise RunFolderTaken(
+                f"expected {root} free, found it held by another agent that runs; "
+                "end that one, or choose another --run-dir"
+            )
+        await asyncio.sleep(_CLAIM_POLL_S)
+    return claim
 
 
 def _leave(root: Path) -> None:

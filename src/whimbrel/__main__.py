@@ -15,8 +15,11 @@ def main() -> None:
         return
     try:
         from whimbrel.agent.cli import app as agent_app
+        from whimbrel.agent.doctor.cleaning import more_finders
         from whimbrel.controller.cli.app import app
+        from whimbrel.controller.demo.abandoned import find_abandoned
 
+        more_finders.append(find_abandoned)
         app.add_typer(agent_app)
         app()
     except CommandError as error:

@@ -8,7 +8,13 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from enum import IntEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
 
 class ExitCode(IntEnum):
@@ -58,6 +64,21 @@ class CommandError(Exception):
         width = len("expected")
         for label, text in (("expected", self.expected), ("found", self.found), ("remedy", self.remedy)):
             print(f"{label:>{width}}: {text}", file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """Something that a dead part of whimbrel left on this machine."""
+
+    kind: str
+    name: str
+    detail: str
+    remove: Callable[[], None]
+    """May raise; doing it twice is harmless."""
+    is_copy: bool = False
+    """Processes of a workload live in it: it may be the only copy."""
+    folder: Path | None = None
+    """Goes with it as a whole."""
 
 
 def missing_extra(module: str) -> CommandError:
