@@ -134,15 +134,16 @@ async def _write(process: asyncio.subprocess.Process, data: bytes) -> None:
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
-    """The whole group, if its leader has not ended by itself."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        if process.returncode is not None:
-            break
+    """The whole group, if its leader has not ended by itself: also what outlives the leader's SIGTERM."""
+    if process.returncode is None:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
+            os.killpg(process.pid, signal.SIGTERM)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(GRACE_S):
                 await process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
     # asyncio closes the pipe's transport only when every holder of its other end is gone.
     transport = getattr(process, "_transport", None)
     if transport is not None:

@@ -39,8 +39,3 @@ async def test_node_reads_events_and_goes_on_where_it_was_killed(
         lines.add(await second.line())
     second.process.terminate()
     assert await second.process.wait() == 0
-
-
-def test_the_page_shows_the_example_as_it_is() -> None:
-    page = (ROOT / "docs" / "reacting.md").read_text()
-    assert "docs/examples/node-subscriber" in page or "examples/node-subscriber" in page
