@@ -178,6 +178,7 @@ class TargetMover:
             )
             go = self._verdict.get(timeout=_VERDICT_TIMEOUT_S)
             resumed_at.append(time.monotonic())
+            pause.at("committed")
             return go
 
         def check(expected: dict[int, PageSet]) -> None:

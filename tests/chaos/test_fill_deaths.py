@@ -8,10 +8,12 @@ is a fill to die in.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
+import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import pytest_asyncio
@@ -22,12 +24,14 @@ from tests.e2e.moving import REDIS_ARGV, REDIS_PORT, Mine, start_script
 
 from whimbrel.agent.memory.serving import FILL_FOLDER, PUSH_PAUSE_VARIABLE
 from whimbrel.controller.demo.cluster import Cluster
+from whimbrel.controller.demo.environment import child_environment
 from whimbrel.controller.demo.users import Users
 from whimbrel.events.facts import TargetResumed
-from whimbrel.events.records import OnMissedBudget, WorkloadSpec
+from whimbrel.events.records import Decision, OnMissedBudget, WorkloadSpec
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
     from whimbrel.controller.cli.progress import MigrationProgress
     from whimbrel.events import facts
@@ -42,16 +46,23 @@ FOUND_WITHIN_S = 10.0
 SERVER, WORKER, AGENT = "fault server", "target worker", "target agent"
 
 
+@pytest.fixture(scope="module")
+def pauses(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files in it hold a migration still, see `whimbrel.agent.mover.pause`."""
+    return tmp_path_factory.mktemp("pauses")
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
+async def cluster(tmp_path_factory: pytest.TempPathFactory, pauses: Path) -> AsyncIterator[Cluster]:
     os.environ[PUSH_PAUSE_VARIABLE] = str(PUSH_PAUSE_MS)
+    os.environ["WHIMBREL_PAUSE_DIR"] = str(pauses)
     try:
         made = Cluster(tmp_path_factory.mktemp("fill"))
         async with made:
             yield made
             await asyncio.to_thread(census.assert_nothing_but_agents, made)
     finally:
-        del os.environ[PUSH_PAUSE_VARIABLE]
+        del os.environ[PUSH_PAUSE_VARIABLE], os.environ["WHIMBREL_PAUSE_DIR"]
     assert made.leftovers() == []
 
 
@@ -175,6 +186,74 @@ async def test_a_process_that_changes_its_memory_in_every_way(
     host = await _move_and_kill(churner, victims, filled)
     assert (await churner.ask("check")).startswith("ok")
     await _assert_as_after_any_move(churner, host)
+
+
+CRIU = "criu"
+
+
+@pytest.mark.parametrize("victims", [(WORKER,), (CRIU,), (AGENT, WORKER, SERVER)], ids=str)
+async def test_committed_and_nothing_has_run_yet(
+    churner: Mine, pauses: Path, victims: tuple[str, ...]
+) -> None:
+    """What was restored dies with its worker or CRIU; the register says that it must live: restored again."""
+    cluster = churner.cluster
+    source = await cluster.host_of(churner.name)
+    target = "b" if source == "a" else "a"
+    held, reached = pauses / "committed", pauses / "committed.reached"
+    held.touch()
+    seen = ""
+
+    def on_progress(progress: MigrationProgress, event: facts.AnyEvent | None) -> None:
+        nonlocal seen
+        seen = progress.migration
+
+    move = asyncio.create_task(
+        cluster.migrate(
+            churner.name,
+            target,
+            on_progress=on_progress,
+            deadline_s=60.0,
+            on_missed_budget=OnMissedBudget.FORCE,
+        )
+    )
+    async with asyncio.timeout(90):
+        while not reached.exists():
+            assert not move.done(), move
+            await asyncio.sleep(0.005)
+    entry = await cluster.bus.registers.get(seen)
+    assert entry is not None
+    assert entry.value.decision is Decision.COMMITTED
+    if CRIU in victims:
+        pid = processes.find(cluster, target, Victim.CRIU_RESTORE)
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+    _kill(cluster, target, victims)
+    held.unlink()
+    reached.unlink()
+    if AGENT in victims:
+        cluster.start_agent(target)
+    await move
+    assert (await churner.ask("check")).startswith("ok")
+    await _assert_as_after_any_move(churner, target)
+    story = await _story(cluster, seen)
+    written = [entry for entry in story if entry["type"] == "journal"]
+    assert {entry["host"] for entry in written} == {"a", "b"}
+    assert "target: taking over" in [entry["what"] for entry in written]
+    assert ("recovery" in [entry["what"] for entry in written]) == (AGENT in victims)
+    assert [entry["at"] for entry in story] == sorted(entry["at"] for entry in story)
+    assert "migration.completed" in [entry["type"] for entry in story]
+
+
+async def _story(cluster: Cluster, migration: str) -> list[dict[str, Any]]:
+    """As an operator asks for it: events and both agents' journals, merged."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "whimbrel", "story", migration, "--nats", cluster.nats_url, "--json"),
+        stdout=asyncio.subprocess.PIPE,
+        env=child_environment(),
+    )
+    output, _ = await process.communicate()
+    assert process.returncode == 0
+    return [json.loads(line) for line in output.splitlines()]
 
 
 async def test_a_redis_and_its_users(cluster: Cluster) -> None:
