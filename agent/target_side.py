@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from whimbrel.agent.capsule.capsule import CapsuleError
 from whimbrel.agent.core import rules
 from whimbrel.agent.journal import Note, ignore
 from whimbrel.agent.memory.serving import FILL_FOLDER
@@ -201,9 +202,13 @@ class TargetSide:
         self._restored = True
         self._note("restored", f"{restored.restore_ms:.0f} ms")
         restored_at = time.monotonic()
-        if not self._capsule.is_alive():
-            # Committed now, the only copy that may run would be one that is dead.
-            raise WorkerFailed("restore", "what was restored here is gone", "see who killed its keeper")
+        try:
+            # One that answers has not been killed; committed to a dead one, no copy would be left to run.
+            await asyncio.to_thread(self._capsule.call, "status")
+        except CapsuleError as error:
+            raise WorkerFailed(
+                "restore", f"what was restored here is gone: {error}", "migrate again"
+            ) from error
         decision = await self._register.commit(restored.commit_by)
         if pause.ACTIVE:
             await asyncio.to_thread(pause.at, "after-commit")
