@@ -35,6 +35,8 @@ LOG_NAME: Final = "log"
 FIRST_PID: Final = 1000
 """Workloads start here; lower pids are CRIU's own, which must not collide with what it restores."""
 _TMPFS_MAGIC: Final = 0x01021994
+_REMOVALS_MAX: Final = 50
+_REMOVE_AGAIN_S: Final = 0.02
 
 
 def agent_cgroup(root: Path) -> Path:
@@ -281,7 +283,15 @@ class Capsule:
                 _wait_exit(pidfd, timeout_s)
         self._reap_launcher(timeout_s)
         self._base.remove()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._remove_folder()
+
+    def _remove_folder(self) -> None:
+        """A worker that is about to end may still write a file while its folder is emptied: then once more."""
+        for _ in range(_REMOVALS_MAX):
+            shutil.rmtree(self.folder, ignore_errors=True)
+            if not self.folder.exists():
+                return
+            time.sleep(_REMOVE_AGAIN_S)
 
     def _reap_launcher(self, timeout_s: float) -> None:
         launcher = _launchers.pop(self.folder, None)
