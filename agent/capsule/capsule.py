@@ -286,7 +286,7 @@ class Capsule:
         self._remove_folder()
 
     def _remove_folder(self) -> None:
-        """A worker that is about to end may still write a file while its folder is emptied: then once more."""
+        """A worker that is about to end may still write a file while it is emptied: then once more."""
         for _ in range(_REMOVALS_MAX):
             shutil.rmtree(self.folder, ignore_errors=True)
             if not self.folder.exists():
