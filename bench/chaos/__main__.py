@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench/results/chaos.json"
@@ -87,7 +87,10 @@ def chosen(options: argparse.Namespace) -> list[Case]:
     return cases
 
 
-async def run(cases: list[Case], *, jobs: int, console: Console) -> list[Result]:
+async def run(
+    cases: list[Case], *, jobs: int, console: Console, keep: Callable[[list[Result]], None]
+) -> list[Result]:
+    """`keep` is called after every case with all results so far."""
     waiting = cases[::-1]
     results: list[Result] = []
     folder = LOGS / time.strftime("%H%M%S")
@@ -120,6 +123,7 @@ async def run(cases: list[Case], *, jobs: int, console: Console) -> list[Result]
                             except Exception as error:
                                 result = _harness_failed(case, error, time.monotonic() - began)
                             results.append(result)
+                            keep(results)
                             broken = not result.ok
                             progress.update(
                                 bar, advance=1, failed=sum(not r.ok for r in results), description=case.name
@@ -194,19 +198,22 @@ def main(argv: list[str]) -> int:
     console = Console()
     console.print(f"{len(cases)} cases, seed {options.seed}; logs of failures in {LOGS}")
     began = time.monotonic()
-    rows = asyncio.run(run(cases, jobs=options.jobs, console=console))
-    report = Report.of(rows, options.seed, time.monotonic() - began)
-    whole = len(cases) == len(all_cases())
     out = options.out or RESULTS
     out.parent.mkdir(parents=True, exist_ok=True)
+    whole = len(cases) == len(all_cases())
+    old: list[Result] = []
     if options.out is None and not whole and RESULTS.exists():
-        old = msgspec.json.decode(RESULTS.read_bytes(), type=Report)
-        kept = Report.of(merged(old.rows, rows), old.seed, old.seconds)
-    else:
-        kept = Report.of(merged([], rows), options.seed, report.seconds)
-    out.write_bytes(msgspec.json.format(msgspec.json.encode(kept), indent=1) + b"\n")
-    if options.out is None:
-        write_table(PAGE, kept.rows)
+        old = msgspec.json.decode(RESULTS.read_bytes(), type=Report).rows
+
+    def keep(rows: list[Result]) -> None:
+        """After every case, so that a run that is interrupted has not been for nothing."""
+        kept = Report.of(merged(old, rows), options.seed, time.monotonic() - began)
+        out.write_bytes(msgspec.json.format(msgspec.json.encode(kept), indent=1) + b"\n")
+        if options.out is None:
+            write_table(PAGE, kept.rows)
+
+    rows = asyncio.run(run(cases, jobs=options.jobs, console=console, keep=keep))
+    report = Report.of(rows, options.seed, time.monotonic() - began)
     for row in report.rows:
         if not row.ok:
             print(f"failed: {row.case}: {row.error} {'; '.join(row.leaked)}")

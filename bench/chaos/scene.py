@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from whimbrel.controller.cli.progress import MigrationProgress
-    from whimbrel.controller.demo.users import Verified, Window
+    from whimbrel.controller.demo.clients import Verified, Window
     from whimbrel.events import facts
     from whimbrel.events.records import MigrationReport
 
