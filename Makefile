@@ -44,7 +44,7 @@ bench: setup
 	@$(BIN)/python -m bench $(ARGS)
 
 chaos: setup
-	@PYTHONPATH=src $(BIN)/python -m bench.chaos $(ARGS)
+	@PYTHONPATH=src:. $(BIN)/python -m bench.chaos $(ARGS)
 
 soak: setup
 	@$(BIN)/python bench/soak.py --moves $(N) $(ARGS)

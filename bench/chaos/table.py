@@ -54,7 +54,7 @@ def table(rows: Sequence[Result]) -> str:
 
 def write_table(page: Path, rows: Sequence[Result]) -> None:
     """Between the markers; appended with a heading where the page has none yet."""
-    text = page.read_text() if page.exists() else "# How it fails\n"
+    text = page.read_text() if page.exists() else "# When something dies\n"
     block = f"{BEGIN}\n{table(rows)}\n{END}"
     before, begin, rest = text.partition(BEGIN)
     if begin:
