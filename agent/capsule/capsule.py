@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 FILES_MOUNT: Final = Path("/var/lib/whimbrel/capsule")
 LOG_NAME: Final = "log"
+_BUSY_KEEPER_POLL_S: Final = 0.005
 FIRST_PID: Final = 1000
 """Workloads start here; lower pids are CRIU's own, which must not collide with what it restores."""
 _TMPFS_MAGIC: Final = 0x01021994
@@ -213,13 +214,20 @@ class Capsule:
 
     def _connect(self, timeout_s: float) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-        try:
-            connection.settimeout(timeout_s)
-            connection.connect(str(self.keeper_socket))
-        except OSError as error:
-            connection.close()
-            raise CapsuleError(f"keeper of {self.workload}: {error}") from error
-        return connection
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                connection.settimeout(timeout_s)
+                connection.connect(str(self.keeper_socket))
+                return connection
+            except BlockingIOError as error:  # as many as it lets wait are waiting: it is busy, not gone
+                if time.monotonic() > deadline:
+                    connection.close()
+                    raise CapsuleError(f"keeper of {self.workload}: {error}") from error
+                time.sleep(_BUSY_KEEPER_POLL_S)
+            except OSError as error:
+                connection.close()
+                raise CapsuleError(f"keeper of {self.workload}: {error}") from error
 
     # --- part in a migration --------------------------------------------------------------------------
 

@@ -39,6 +39,7 @@ PUSH_PAUSE_VARIABLE: Final = "WHIMBREL_PUSH_PAUSE_MS"
 """For tests: milliseconds between two blocks of the push, so that a fill lasts."""
 _RESTORE_FINISHED: Final = 0x52535446
 _FETCHED_AT_ONCE: Final = 16
+_KEEPER_TIMEOUT_S: Final = 5.0
 
 
 class Keeper:
@@ -65,8 +66,16 @@ class Keeper:
 
     def _ask(self, op: str, names: list[str], fds: list[int]) -> tuple[dict[str, list[str]], list[int]]:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
-            connection.settimeout(5)
-            connection.connect(str(self._path))
+            connection.settimeout(_KEEPER_TIMEOUT_S)
+            deadline = time.monotonic() + _KEEPER_TIMEOUT_S
+            while True:
+                try:
+                    connection.connect(str(self._path))
+                    break
+                except BlockingIOError:  # as many as it lets wait are waiting
+                    if time.monotonic() > deadline:
+                        raise
+                    time.sleep(0.005)
             message = msgspec.json.encode({"op": op, "names": names})
             if fds:
                 socket.send_fds(connection, [message], fds)
