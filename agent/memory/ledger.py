@@ -9,6 +9,10 @@ be killed, so an event is either unread, and then its process still waits for a 
 A ledger is a base (what was owed, atomically replaced) and the messages read since, in slots of their own
 size. Installed pages are not written down: a successor finds them in place (EEXIST). The descriptor that
 comes with a fork is in no file; see `table.py` for that.
+
+What remains: what the kernel tells no userfaultfd about, such as MADV_GUARD_INSTALL over a page that was
+filled before; a successor would fill it again with what it held at the freeze. And a child's descriptor is
+lost if the server and the holder of its table are both killed between that fork and the keeper's copy.
 """
 
 from __future__ import annotations
