@@ -239,7 +239,8 @@ class Serving:
         draft.rename(self._folder / FILLED)
 
     def _end_servers(self) -> None:
-        for record in ServerRecord.load_all(self._folder):
+        # Our own holder too: a discarded capsule may have taken the records with it.
+        for record in (self._record, *ServerRecord.load_all(self._folder)):
             record.end(self._folder)
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self._record.holder, 0)
