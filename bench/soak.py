@@ -35,8 +35,8 @@ RESULTS = ROOT / "bench/results/soak.json"
 LOGS = Path("/tmp/whimbrel-soak")
 VERIFIED_EVERY = 4
 READ_BACK_EVERY = 10
-WARM_UP = 10
-"""Moves until caches and pools are full: growth is counted from there."""
+WARM_UP = 5
+"""Moves there and back until caches and pools are full: growth is counted from there."""
 AVERAGED = 5
 MOVE_WITHIN_S = 120.0
 
@@ -51,6 +51,8 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     """Of both agents' run folders, without the workload's own log."""
     downtime_ms: float
     gap_ms: float
+    at: str
+    """Where the workload lives: its host's agent has a descriptor more."""
 
 
 class Report(msgspec.Struct, kw_only=True):
@@ -80,7 +82,7 @@ def _rss_kib(pid: int) -> int:
     return 0
 
 
-def look(cluster: Cluster, downtime_ms: float, gap_ms: float) -> Sample:
+def look(cluster: Cluster, at: str, downtime_ms: float, gap_ms: float) -> Sample:
     pids = {name: child.process.pid for name, child in cluster.children.items()}
     files = (path for host in cluster.hosts for path in cluster.store_dir(host).rglob("*"))
     return Sample(
@@ -89,6 +91,7 @@ def look(cluster: Cluster, downtime_ms: float, gap_ms: float) -> Sample:
         tmpfs_bytes=sum(p.stat().st_blocks * 512 for p in files if p.is_file() and p.name != "log"),
         downtime_ms=downtime_ms,
         gap_ms=gap_ms,
+        at=at,
     )
 
 
@@ -135,7 +138,8 @@ async def soak(moves: int, memory_mib: int, console: Console) -> Report:
                 if window.errors or window.wrong_reads:
                     problems.append(f"move {number}: users saw {window.first_errors[:2]}")
                 lost += window.wrong_reads
-                samples.append(look(scene.cluster, report.downtime_ms if report else 0.0, window.gap_ms_max))
+                downtime_ms = report.downtime_ms if report else 0.0
+                samples.append(look(scene.cluster, scene.at, downtime_ms, window.gap_ms_max))
                 if number % READ_BACK_EVERY == 0 or number == moves:
                     await scene.unload()
                     verified = await scene.verify()
@@ -147,8 +151,9 @@ async def soak(moves: int, memory_mib: int, console: Console) -> Report:
     remains = scene.cluster.leftovers()
     problems += [f"at the end: {line}" for line in remains]
     names = list(samples[0].rss_kib) if samples else []
-    fd_growth = {name: growth([float(s.fds[name]) for s in samples]) for name in names}
-    rss = {name: round(growth([s.rss_kib[name] / 1024 for s in samples]), 2) for name in names}
+    alike = [sample for sample in samples if sample.at == samples[-1].at]
+    fd_growth = {name: growth([float(s.fds[name]) for s in alike]) for name in names}
+    rss = {name: round(growth([s.rss_kib[name] / 1024 for s in alike]), 2) for name in names}
     downtimes = [s.downtime_ms for s in samples if s.downtime_ms] or [0.0]
     if not problems:
         shutil.rmtree(folder, ignore_errors=True)
@@ -157,10 +162,10 @@ async def soak(moves: int, memory_mib: int, console: Console) -> Report:
         failed=failed,
         lost_writes=lost,
         leaked=leaked + len(remains) + sum(max(0, round(grown)) for grown in fd_growth.values()),
-        rss_growth_mib=round(growth([sum(s.rss_kib.values()) / 1024 for s in samples]), 2),
+        rss_growth_mib=round(growth([sum(s.rss_kib.values()) / 1024 for s in alike]), 2),
         fd_growth=fd_growth,
         rss_growth_by_daemon_mib=rss,
-        tmpfs_growth_bytes=growth([float(s.tmpfs_bytes) for s in samples]),
+        tmpfs_growth_bytes=growth([float(s.tmpfs_bytes) for s in alike]),
         acknowledged_writes=acknowledged,
         downtime_ms_median=round(median(downtimes), 1),
         downtime_ms_max=round(max(downtimes), 1),

@@ -133,6 +133,10 @@ async def _reach(scene: Scene, move: Move, case: Case, fault: _FaultMade) -> Non
     """Returns in the middle of the phase, with the move held there. Raises NotReached."""
     phase = case.phase
     if phase is Phase.FILLING:
+        if case.victim is Victim.DISCARDED_KEEPER:
+            # It goes as soon as traffic is released: not before the gate is let go.
+            await move.until_held(phase, REACHED_WITHIN_S)
+            fault.stop_gate()
         if not await move.until(facts.TargetResumed, REACHED_WITHIN_S):
             raise NotReached(f"never resumed at the target: {move.failure}")
         if not scene.hold.reached(phase):
@@ -142,9 +146,7 @@ async def _reach(scene: Scene, move: Move, case: Case, fault: _FaultMade) -> Non
     await move.until_held(point, REACHED_WITHIN_S)
     if phase is Phase.FLIPPING:
         # A gate that is stopped cannot flip: the phase lasts until the fault is made.
-        gate = scene.cluster.children["gate"].process.pid
-        signal_process(gate, signal.SIGSTOP)
-        fault.stopped_gate = gate
+        fault.stop_gate()
         scene.hold.release_all()
         if not await move.until(facts.TargetResumed, REACHED_WITHIN_S):
             fault.let_gate_go()
@@ -159,7 +161,7 @@ class _FaultMade:
         self._source, self._target = source, target
         self._child: str | None = None
         self._stopped: int | None = None
-        self.stopped_gate: int | None = None
+        self._stopped_gate: int | None = None
 
     def make(self) -> None:
         """Raises NotReached where the victim does not exist."""
@@ -186,10 +188,14 @@ class _FaultMade:
             if case.victim is not Victim.GATE or case.fault is Fault.KILL:
                 self.let_gate_go()
 
+    def stop_gate(self) -> None:
+        self._stopped_gate = self._scene.cluster.children["gate"].process.pid
+        signal_process(self._stopped_gate, signal.SIGSTOP)
+
     def let_gate_go(self) -> None:
-        if self.stopped_gate is not None:
-            signal_process(self.stopped_gate, signal.SIGCONT)
-            self.stopped_gate = None
+        if self._stopped_gate is not None:
+            signal_process(self._stopped_gate, signal.SIGCONT)
+            self._stopped_gate = None
 
     def _child_name(self) -> str:
         return {
