@@ -249,9 +249,9 @@ def _nft_tables() -> list[Leftover]:
 
 
 def _criu_runs() -> bool:
-    for entry in os.scandir("/proc"):
+    for pid in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
-            if entry.name.isdigit() and Path(entry.path, "comm").read_text().strip() == "criu":
+            if Path("/proc", pid, "comm").read_text().strip() == "criu":
                 return True
     return False
 
