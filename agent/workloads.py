@@ -61,7 +61,7 @@ class Workloads:
     async def stop(self, workload: str) -> None:
         await self.forget(workload)
         capsule = self.capsule(workload)
-        self._save_log(capsule)
+        await asyncio.to_thread(self._save_log, capsule)
         await asyncio.to_thread(capsule.destroy)
 
     def watch(self, workload: str) -> None:
@@ -105,7 +105,7 @@ class Workloads:
                 id=new_id(), at=time.time(), host=self._host, workload=workload, exit_code=exit_code
             )
         )
-        self._save_log(capsule)
+        await asyncio.to_thread(self._save_log, capsule)
         await asyncio.to_thread(capsule.destroy)
         await self._record_exit(workload, exit_code)
 
