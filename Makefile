@@ -44,6 +44,8 @@ bench: setup
 	@$(BIN)/python -m bench $(ARGS)
 
 chaos: setup
+	@if [ -z "$(ARGS)" ]; then WHIMBREL_CHAOS_LONG=1 $(BIN)/python -m pytest -q \
+		tests/chaos/test_link_faults.py tests/chaos/test_resources.py; fi
 	@PYTHONPATH=src:. $(BIN)/python -m bench.chaos $(ARGS)
 
 soak: setup
