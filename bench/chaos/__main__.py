@@ -47,6 +47,8 @@ class Report(msgspec.Struct, kw_only=True):
     seconds: float
     settled_s_max: float
     rows: list[Result]
+    reruns: list[str] = []
+    """Rows that are not of the whole run (whose seed and seconds these are) but of a later one of theirs."""
 
     @classmethod
     def of(cls, rows: Sequence[Result], seed: int, seconds: float) -> Report:
@@ -201,16 +203,20 @@ def main(argv: list[str]) -> int:
     out = options.out or RESULTS
     out.parent.mkdir(parents=True, exist_ok=True)
     whole = len(cases) == len(all_cases())
-    old: list[Result] = []
+    old: Report | None = None
     if options.out is None and not whole and RESULTS.exists():
-        old = msgspec.json.decode(RESULTS.read_bytes(), type=Report).rows
+        old = msgspec.json.decode(RESULTS.read_bytes(), type=Report)
 
     def keep(rows: list[Result]) -> None:
         """After every case, so that a run that is interrupted has not been for nothing."""
-        kept = Report.of(merged(old, rows), options.seed, time.monotonic() - began)
+        if old is None:
+            kept = Report.of(merged([], rows), options.seed, time.monotonic() - began)
+        else:
+            kept = Report.of(merged(old.rows, rows), old.seed, old.seconds)
+            kept.reruns = sorted({*old.reruns, *(row.case for row in rows)})
         out.write_bytes(msgspec.json.format(msgspec.json.encode(kept), indent=1) + b"\n")
         if options.out is None:
-            write_table(PAGE, kept.rows)
+            write_table(PAGE, kept.rows, kept.reruns)
 
     rows = asyncio.run(run(cases, jobs=options.jobs, console=console, keep=keep))
     report = Report.of(rows, options.seed, time.monotonic() - began)

@@ -26,7 +26,7 @@ def _cell(rows: list[Result]) -> str:
     return " / ".join(words)
 
 
-def table(rows: Sequence[Result]) -> str:
+def table(rows: Sequence[Result], reruns: Sequence[str]) -> str:
     """Markdown. A cell has kill -9 / stopped 3 s (links: cut 3 s), in seconds from the fault until one copy
     answered and the migration had ended."""
     cells: dict[tuple[str, str], list[Result]] = {}
@@ -43,6 +43,9 @@ def table(rows: Sequence[Result]) -> str:
     for victim in Victim:
         found = [_cell(cells.get((victim, phase), [])) for phase in Phase]
         lines.append(f"| {victim} | " + " | ".join(found) + " |")
+    if reruns:
+        names = ", ".join(f"`{name}`" for name in reruns)
+        lines += ["", f"Not of the whole run, but run again after it: {names}."]
     failed = [row for row in rows if not row.ok]
     if failed:
         lines += ["", "Failed:", ""]
@@ -52,10 +55,10 @@ def table(rows: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
-def write_table(page: Path, rows: Sequence[Result]) -> None:
+def write_table(page: Path, rows: Sequence[Result], reruns: Sequence[str]) -> None:
     """Between the markers; appended with a heading where the page has none yet."""
     text = page.read_text() if page.exists() else "# When something dies\n"
-    block = f"{BEGIN}\n{table(rows)}\n{END}"
+    block = f"{BEGIN}\n{table(rows, reruns)}\n{END}"
     before, begin, rest = text.partition(BEGIN)
     if begin:
         _, _, after = rest.partition(END)
