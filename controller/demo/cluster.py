@@ -201,9 +201,7 @@ class Cluster:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env=child_environment(
-                    WHIMBREL_NATS=self.nats_url, PYTHONUNBUFFERED="1", **self._environment
-                ),
+                env=child_environment(WHIMBREL_NATS=self.nats_url, PYTHONUNBUFFERED="1", **self._environment),
                 start_new_session=True,  # Ctrl-C is ours to handle, in order
             )
         child = Child(name, process, log)
