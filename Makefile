@@ -44,7 +44,7 @@ bench: setup
 	@$(BIN)/python -m bench $(ARGS)
 
 chaos: setup
-	@if [ -z "$(ARGS)" ]; then WHIMBREL_CHAOS_LONG=1 $(BIN)/python -m pytest -q \
+	@if [ -z "$(ARGS)" ]; then $(BIN)/python -m pytest -q -m "long or not long" \
 		tests/chaos/test_link_faults.py tests/chaos/test_resources.py; fi
 	@PYTHONPATH=src:. $(BIN)/python -m bench.chaos $(ARGS)
 
