@@ -6,7 +6,6 @@ A partitioned agent must never act where the register could say otherwise: what 
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from typing import TYPE_CHECKING
 
