@@ -1,8 +1,8 @@
 """Points at which a test may hold a migration still, so that a fault hits the phase that it is meant for.
 
 Never active by itself: without $WHIMBREL_PAUSE_DIR in the environment of an agent each point is one
-comparison. With it, a point that has a file of its name in that folder says `NAME.reached` (holding our pid) and
-waits until the file is gone, but never longer than LIMIT_S: a harness that dies leaves no agent waiting.
+comparison. With it, a point that has a file of its name in that folder says `NAME.reached` (holding our pid)
+and waits until the file is gone, but never longer than LIMIT_S: a harness that dies leaves no agent waiting.
 """
 
 from __future__ import annotations
