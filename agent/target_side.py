@@ -318,6 +318,8 @@ class TargetSide:
                         self._worker.send(Verdict(go=False))  # or it would wait for another agent
                     await self._worker.close()
                     self._worker = None
+                if self._made and self._capsule.exists():
+                    await asyncio.to_thread(self._capsule.destroy)  # the worker wrote a last file meanwhile
                 # The worker's own work, which it may not have come to.
                 store = self._root / "stores" / self.migration
                 await asyncio.to_thread(shutil.rmtree, store, ignore_errors=True)

@@ -105,7 +105,8 @@ async def test_both_sides_find_an_abort_that_nobody_tells_them(cluster: Cluster)
         async with asyncio.timeout(WAIT_S):
             # The target says the one or the other: its stream ends too when the source lets go.
             async for event in events:
-                if isinstance(event, facts.SourceThawed | facts.TargetDiscarded | facts.StepFailed):
+                ending = isinstance(event, facts.SourceThawed | facts.TargetDiscarded | facts.StepFailed)
+                if ending and event.migration == migration:
                     done.add(event.host)
                 if done == {"a", "b"}:
                     break
