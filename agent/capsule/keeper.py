@@ -203,7 +203,7 @@ class Keeper:
         syscalls.set_child_subreaper()
         signal.set_wakeup_fd(-1)
         for number in signal.valid_signals():
-            if number not in (signal.SIGKILL, signal.SIGSTOP) and number < 32:
+            if number not in (signal.SIGKILL, signal.SIGSTOP):
                 signal.signal(number, signal.SIG_DFL)
         os.chdir(request["cwd"])
         argv: list[str] = request["argv"]

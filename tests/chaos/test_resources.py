@@ -106,9 +106,21 @@ async def scene(bench: Bench) -> AsyncIterator[Scene]:
     bench.broken = True
     bench.point.write_text("")
     await given.ready()
+    await _until_roomy(given)
     await given.load()
     yield given
     given.hold.release_all()
+
+
+async def _until_roomy(scene: Scene) -> None:
+    """Hosts say what they have every few seconds: pre-flight must not judge by a folder that was full."""
+    roomy: set[str] = set()
+    async with asyncio.timeout(30):
+        async for host, entry in scene.cluster.bus.hosts.watch():
+            if entry is not None and entry.value.store_free_bytes >= RUN_DIR_BYTES // 2:
+                roomy.add(host)
+            if roomy >= set(scene.cluster.hosts):
+                return
 
 
 async def settles(bench: Bench, scene: Scene, move: Move, *, expected: Decision | None) -> str:

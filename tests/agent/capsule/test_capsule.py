@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import os
@@ -91,13 +92,16 @@ def test_a_workload_inherits_no_descriptor_and_no_signal_of_the_keeper(capsule: 
     workload = python(
         "import os; print([os.readlink(f'/proc/self/fd/{f}') for f in os.listdir('/proc/self/fd') if"
         " os.path.exists(f'/proc/self/fd/{f}')][3:]);"
-        "print([l for l in open('/proc/self/status') if l.startswith(('SigIgn', 'SigBlk'))])"
+        "print({l[:6]: int(l[7:], 16) for l in open('/proc/self/status') if l[:6] in ('SigIgn', 'SigBlk')})"
     )
     assert run_to_end(capsule, workload) == 0
     fds, signals = log_of(capsule).splitlines()
     assert fds == "[]"
+    found = ast.literal_eval(signals)
+    # Signals 32 and 33 are the C library's own: no call of ours can reset what we inherited of them.
+    found["SigIgn"] &= ~(3 << 31)
     # Python itself ignores SIGPIPE (13) and SIGXFSZ (25).
-    assert signals == str(["SigBlk:\t0000000000000000\n", "SigIgn:\t0000000001001000\n"])
+    assert found == {"SigBlk": 0, "SigIgn": 1 << 12 | 1 << 24}
 
 
 @pytest.mark.parametrize(
